@@ -1,0 +1,1 @@
+"""How a score changes before it is normalised: ``apply(s, *numbers)`` and its derivative ``slope(s, *numbers)``."""

@@ -1,0 +1,389 @@
+"""What a variant *is*: frozen data and plain functions.  Imports neither Numba nor any other room.
+
+A variant states itself twice.  `define` is the mathematics, as loops; `plan` is the same operation as data.  Everything else here
+(operands with named axes, parameters with their kinds, outputs, worked examples, identities, cost) is what the rest of the house
+needs to validate, test, document, benchmark and judge it without being told again.
+
+The shape language is a string of axis names, ``"B Hkv S D"``.  Equal names mean equal sizes; a sum (``"Dq+Dk"``) or a number is
+computed, not bound.  `AXES` names the letters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+import numpy as np
+
+#: The glossary: one meaning per axis name, for errors, docs and tables.
+AXES: Mapping[str, str] = MappingProxyType(
+    {
+        "B": "batch",
+        "Hq": "query heads",
+        "Hkv": "key-value heads",
+        "T": "queries",
+        "S": "keys",
+        "D": "query-key width",
+        "E": "value width",
+        "Dq": "query width",
+        "Dk": "key width",
+        "A": "hidden width of the score network",
+        "M": "model width",
+    }
+)
+
+#: Axes that may be empty; every other axis has at least one entry.
+MAY_BE_EMPTY = frozenset({"B", "T", "S"})
+
+Dims = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a variant was published, enough for a BibTeX entry."""
+
+    title: str
+    authors: tuple[str, ...]
+    year: int
+    arxiv: str = ""
+    doi: str = ""
+    url: str = ""
+    where: str = ""  # section, equation or algorithm
+
+
+# ---- operands and outputs ----------------------------------------------------------------------------------------------------
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Independent standard normals: how an operand is drawn unless it says otherwise."""
+    return rng.standard_normal(shape)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One array a variant takes.
+
+    kind
+        ``"real"`` floating point, ``"boolean"``, or ``"number"`` (boolean, integer or floating, read as a number).
+    absent
+        What stands for the operand when it is not given, as the neutral element of the mathematics (a bias of 0, a sink of -inf).
+        An operand without it is required.
+    broadcast
+        Leading axes may be missing and any axis may have size 1, as in NumPy.
+    within
+        Closed interval the values must lie in; NaN is then refused too.
+    draw
+        Random values for tests, benchmarks and probes.
+    """
+
+    name: str
+    axes: str
+    meaning: str
+    kind: str = "real"
+    absent: float | bool | None = None
+    broadcast: bool = False
+    within: tuple[float, float] | None = None
+    draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] = normal
+
+    @property
+    def optional(self) -> bool:
+        return self.absent is not None
+
+
+@dataclass(frozen=True)
+class Output:
+    """One array a variant returns.  A `wide` output (a log-sum-exp, a state) is at least float32 whatever the operands are."""
+
+    name: str
+    axes: str
+    meaning: str
+    wide: bool = False
+
+
+# ---- parameters --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite real parameter.  `above` excludes its bound, `at_least` includes it; `optional` allows None."""
+
+    above: float = -math.inf
+    at_least: float = -math.inf
+    optional: bool = False
+    machine = "float64"
+
+    def accepts(self, value: object) -> bool:
+        if value is None:
+            return self.optional
+        if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+            return False
+        return bool(math.isfinite(value) and value > self.above and value >= self.at_least)
+
+    def read(self, value: Any) -> float | None:
+        return None if value is None else float(value)
+
+    @property
+    def rule(self) -> str:
+        bounds = [f"above {self.above:g}"] if self.above > -math.inf else []
+        bounds += [f"at least {self.at_least:g}"] if self.at_least > -math.inf else []
+        return "a finite number" + (", " if bounds else "") + " and ".join(bounds) + (", or None" if self.optional else "")
+
+
+@dataclass(frozen=True)
+class Integer:
+    """A whole-number parameter of at least `at_least` and at most `at_most`."""
+
+    at_least: int = 0
+    at_most: int = 2**62
+    machine = "int64"
+
+    def accepts(self, value: object) -> bool:
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool | np.bool_)
+        return bool(whole and self.at_least <= value <= self.at_most)  # type: ignore[operator]
+
+    def read(self, value: Any) -> int:
+        return int(value)
+
+    @property
+    def rule(self) -> str:
+        return f"a whole number from {self.at_least}" + (f" to {self.at_most}" if self.at_most < 2**62 else "")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few values.  A definition receives its position in `values`."""
+
+    values: tuple[Any, ...]
+    machine = "int64"
+
+    def accepts(self, value: object) -> bool:
+        return any(type(value) is type(v) and value == v for v in self.values) or isinstance(value, np.bool_)
+
+    def read(self, value: Any) -> Any:
+        return bool(value) if isinstance(value, np.bool_) else value
+
+    @property
+    def rule(self) -> str:
+        return "one of " + ", ".join(repr(v) for v in self.values)
+
+
+@dataclass(frozen=True)
+class Window:
+    """How many keys beside a query's own position it sees: (left, right), None for no limit; None alone for no window."""
+
+    machine = "int64 x 2"
+
+    def accepts(self, value: object) -> bool:
+        if value is None:
+            return True
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            return False
+        return all(side is None or Integer().accepts(side) for side in value)
+
+    def read(self, value: Any) -> tuple[int | None, int | None] | None:
+        if value is None:
+            return None
+        left, right = (None if side is None else int(side) for side in value)
+        return left, right
+
+    @property
+    def rule(self) -> str:
+        return "a pair (left, right) of whole numbers from 0 or None, or None"
+
+
+Kind = Number | Integer | Choice | Window
+
+#: What a definition receives for an unbounded side of a window: more than any index.
+UNBOUNDED = 2**62
+
+
+@dataclass(frozen=True)
+class Param:
+    """One keyword-only parameter.
+
+    absent
+        The number a definition receives when the value is None: a constant, or a function of the dims (``scale``).
+    tries
+        Other values worth examining, for tests and probes.
+    """
+
+    name: str
+    kind: Kind
+    default: Any
+    meaning: str
+    absent: float | Callable[[Dims], float] | None = None
+    tries: tuple[Any, ...] = ()
+
+    def encode(self, value: Any, dims: Dims) -> Any:
+        """The value as a definition receives it: a float, an int, or a pair of ints."""
+        if isinstance(self.kind, Choice):
+            return next(n for n, v in enumerate(self.kind.values) if type(v) is type(value) and v == value)
+        if isinstance(self.kind, Window):
+            left, right = value or (None, None)
+            return (UNBOUNDED if left is None else left, UNBOUNDED if right is None else right)
+        if value is None:
+            return float(self.absent(dims) if callable(self.absent) else self.absent)  # type: ignore[arg-type]
+        return value
+
+
+# ---- plans -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece (a module of pieces/) with the numbers it needs."""
+
+    piece: ModuleType
+    numbers: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A `scored` variant as data, in order of application: similarity, scale, score modifiers, bias, masks, normaliser.
+
+    similarity
+        A piece of pieces/similarities.
+    normalizer
+        ``"softmax"`` over keys, ``"softmax over queries"``, or ``"sigmoid"`` entry by entry.
+    query, key, value, bias, mask, sinks, residual
+        Names of the operands that play these parts; "" for a part the variant does not have.  A residual is added to the output.
+    weights
+        Names of the similarity's own operands, in its order.
+    shift
+        Added to every score after the scale.
+    """
+
+    similarity: ModuleType
+    normalizer: str = "softmax"
+    query: str = "q"
+    key: str = "k"
+    value: str = "v"
+    weights: tuple[str, ...] = ()
+    scale: float = 1.0
+    shift: float = 0.0
+    score_mods: tuple[Stage, ...] = ()
+    masks: tuple[Stage, ...] = ()
+    bias: str = ""
+    mask: str = ""
+    sinks: str = ""
+    residual: str = ""
+
+
+# ---- what can be said about a variant ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """A worked example: operands small enough to follow by hand, and the outputs they must give."""
+
+    operands: Mapping[str, Any]
+    returns: Mapping[str, Any]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "by hand"
+
+
+#: `run(operands, name=other, returns=..., **params)` runs this variant, or another, on a dict of operands.
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """An equation that holds for every input.  `sides` returns both sides; they agree up to rounding."""
+
+    statement: str
+    sides: Callable[[Run, dict[str, np.ndarray]], tuple[Any, Any]]
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a definition does, as formulas in the axis names, ``pairs`` (visible query-key pairs of one head) and Python arithmetic.
+
+    flops
+        Floating-point additions, subtractions, multiplications, divisions and function values.
+    memory
+        Numbers allocated beyond the operands: outputs and row buffers.
+    """
+
+    flops: str
+    memory: str
+
+
+@dataclass(frozen=True, eq=False)  # a variant equals itself only, so that it can key a cache
+class Variant:
+    """One attention variant, whole.
+
+    Parameters
+    ----------
+    name : str
+        Equal to the file's name.
+    family : str
+        Which loop nest it belongs to: scored, selected, feature, state, learner, latent, bucketed, sampled, edges.
+    summary : str
+        One line.
+    equation : str
+        The mathematics in one plain-text line.
+    paper : Paper
+    operands, outputs, params
+        What goes in, what comes out and how it may be bent, in the order `define` takes and returns them.
+    define : callable
+        ``define(*operands, *params) -> output or tuple of outputs``: loops over float64 arrays, nothing but arguments, NumPy and math.
+    cost : Cost
+    plan : callable, optional
+        ``plan(dims, params) -> Plan``: the same operation as data.
+    returns : tuple of str
+        Outputs given when the caller names none.
+    ordered : callable
+        ``ordered(params) -> str``: axes along which order means something.  Along every other axis, permuting the operands
+        permutes the outputs.
+    causal : mapping, optional
+        Parameters under which no output depends on a later position; None where there are none.
+    linear_in : str
+        Operand the first output is linear in, or "".
+    dims : tuple of mappings
+        Shapes the derived tests run at, beside the general ladder.
+    """
+
+    name: str
+    family: str
+    summary: str
+    equation: str
+    paper: Paper
+    operands: tuple[Operand, ...]
+    outputs: tuple[Output, ...]
+    define: Callable[..., Any]
+    cost: Cost
+    params: tuple[Param, ...] = ()
+    plan: Callable[[Dims, Mapping[str, Any]], Plan] | None = None
+    returns: tuple[str, ...] = ("out",)
+    ordered: Callable[[Mapping[str, Any]], str] = lambda params: ""
+    causal: Mapping[str, Any] | None = None
+    linear_in: str = ""
+    examples: tuple[Example, ...] = ()
+    identities: tuple[Identity, ...] = ()
+    dims: tuple[Mapping[str, int], ...] = ()
+
+    def operand(self, name: str) -> Operand:
+        return next(o for o in self.operands if o.name == name)
+
+    def param(self, name: str) -> Param:
+        return next(p for p in self.params if p.name == name)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Every axis name of the operands, in order of first appearance."""
+        names = (a for o in self.operands for a in o.axes.split() if a.isidentifier())
+        return tuple(dict.fromkeys(names))
+
+
+def size(axis: str, dims: Dims) -> int:
+    """Size of one axis term: a name, a number, or a sum of them."""
+    return sum(int(term) if term.isdigit() else dims[term] for term in axis.split("+"))
+
+
+def shape(axes: str, dims: Dims) -> tuple[int, ...]:
+    """Sizes of a shape string."""
+    return tuple(size(axis, dims) for axis in axes.split())

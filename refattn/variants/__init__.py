@@ -1,0 +1,1 @@
+"""One attention variant per file; each file ends in ``VARIANT = Variant(...)``."""
