@@ -3,18 +3,40 @@
 Names are loaded on first use, so that ``import refattn`` costs next to nothing and imports neither Numba nor any framework.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .api import assert_matches as assert_matches
     from .api import attend as attend
     from .api import attention as attention
+    from .api import check as check
+    from .api import cite as cite
+    from .api import compare as compare
+    from .api import cost as cost
+    from .api import describe as describe
+    from .api import gradients as gradients
+    from .api import tolerance as tolerance
     from .api import variants as variants
 
 _HOME = {
-    "api": ("attend", "attention", "variants"),
+    "api": (
+        "assert_matches",
+        "attend",
+        "attention",
+        "check",
+        "cite",
+        "compare",
+        "cost",
+        "describe",
+        "gradients",
+        "tolerance",
+        "variants",
+    ),
     "errors": (
         "RefattnError",
         "ShapeError",
@@ -28,6 +50,17 @@ _HOME = {
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE)
+
+
+class _Face(ModuleType):
+    """Keeps a public function when a submodule of the same name (`variants`, `describe`) is imported and would take its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face
 
 
 def __getattr__(name: str) -> Any:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections import namedtuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from . import catalog, definition, problem
-from .errors import BackendUnavailableError, ParameterError
+from . import catalog, costs, definition, precision, problem
+from .costs import Cost
+from .describe import Description, bibtex, described
+from .errors import BackendUnavailableError, OperandError, ParameterError
+
+if TYPE_CHECKING:
+    from .oracle.report import Report
 
 BACKENDS = ("auto", "definition", "cpu", "cuda")
 
 
 def attend(
     name: str,
+    /,
     *operands: Any,
     returns: str | Sequence[str] | None = None,
     layout: str = "BHTD",
@@ -79,14 +86,345 @@ def attention(q: Any, k: Any, v: Any, **keywords: Any) -> Any:
     return attend("softmax", q, k, v, **keywords)
 
 
+def gradients(
+    name: str,
+    /,
+    *operands: Any,
+    d_out: Any = None,
+    layout: str = "BHTD",
+    backend: str = "auto",
+    **keywords: Any,
+) -> Any:
+    """Gradients of a variant with respect to every real operand given, for given cotangents of its outputs.
+
+    Parameters
+    ----------
+    name : str
+        A name from `variants()`.
+    *operands : array_like
+        As `attend` takes them.
+    d_out : array_like, optional
+        Cotangent of the output ``out``, of its shape.  Cotangents of other outputs are keywords (``d_lse``, ``d_state``, ...); at least one
+        is needed.
+    layout : {"BHTD", "BTHD"}
+        Order of head and sequence axes, in operands, cotangents and gradients alike.
+    backend : {"auto", "definition", "cpu", "cuda"}
+        As in `attend`.
+    **keywords
+        The variant's parameters, operands by name, and cotangents.
+
+    Returns
+    -------
+    namedtuple of ndarray
+        ``d_q, d_k, ...`` in operand order, each in the shape and dtype its operand was given in.  Its attribute ``errors`` maps those
+        names to an estimate of the absolute error before rounding, per element.
+
+    Raises
+    ------
+    UnknownVariantError, ShapeError, DtypeError, OperandError, ParameterError, BackendUnavailableError
+
+    Notes
+    -----
+    The definition is differentiated numerically (`refattn.derivatives`), about 17 evaluations for each element of each operand: made for
+    small problems.  Elements and outputs that are not finite count as constants.
+
+    Examples
+    --------
+    >>> import numpy as np, refattn as ra
+    >>> q = np.zeros((1, 1, 1, 4)); k = np.ones((1, 1, 2, 4)); v = np.array([3.0, 5.0]).reshape(1, 1, 2, 1)
+    >>> ra.gradients("softmax", q, k, v, d_out=np.ones((1, 1, 1, 1))).d_v.ravel().round(9).tolist()
+    [0.5, 0.5]
+    """
+    from . import derivatives  # SciPy, wanted here only
+
+    variant = catalog.variant(name)
+    outputs = {o.name for o in variant.outputs}
+    taken = {o.name for o in variant.operands} | {p.name for p in variant.params}
+    named = {word: x for word, x in keywords.items() if word.startswith("d_") and word[2:] in outputs and word not in taken}
+    cotangents = {word[2:]: x for word, x in {"d_out": d_out, **named}.items() if x is not None}
+    if not cotangents:
+        raise OperandError(f"{name}: no cotangent given; pass at least one of {', '.join('d_' + o.name for o in variant.outputs)}")
+    options = {word: x for word, x in keywords.items() if word not in named}
+    call = problem.bind(variant, operands, options, tuple(cotangents), layout)
+    checked = {output: derivatives.check_cotangent(call, output, x) for output, x in cotangents.items()}
+    _choose(name, backend)
+    return derivatives.release(call, derivatives.gradients(call, checked))
+
+
 def _choose(name: str, backend: str) -> str:
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ParameterError(f"{name}: {catalog.unknown('backend', backend, BACKENDS)}")
     if backend in ("cpu", "cuda"):
         raise BackendUnavailableError(f"{name}: backend {backend!r} is not part of this version; use 'definition' or 'auto'")
     return "definition"
 
 
+# ---- know --------------------------------------------------------------------------------------------------------------------
+
+
 def variants(family: str | None = None) -> tuple[str, ...]:
-    """Names of all variants, or of one family's."""
+    """Names of all variants, or of one family's.
+
+    Parameters
+    ----------
+    family : str, optional
+        scored, feature, state, ...
+
+    Returns
+    -------
+    tuple of str
+
+    Raises
+    ------
+    UnknownVariantError
+        When there is no such family.
+    """
     return catalog.names(family)
+
+
+def describe(name: str) -> Description:
+    """What a variant is: paper, equation, operands with axes, parameters, backends, cost.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    Description
+        Its attributes are data; ``print`` shows it.
+
+    Raises
+    ------
+    UnknownVariantError
+    """
+    return described(catalog.variant(name))
+
+
+def cite(name: str) -> str:
+    """BibTeX entry of a variant's paper.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    UnknownVariantError
+    """
+    return bibtex(catalog.variant(name).paper)
+
+
+def cost(name: str, *, dtype: Any = "float32", **sizes_and_params: Any) -> Cost:
+    """Operations, traffic and memory of one forward call.
+
+    Parameters
+    ----------
+    name : str
+    dtype : str or dtype
+        Of the operands.
+    **sizes_and_params
+        Every axis by name (``B=1, Hq=32, ...``), and parameters.  A missing E is D, a missing S is T, a missing Hkv is Hq.
+
+    Returns
+    -------
+    Cost
+        ``.flops``, ``.bytes``, ``.intensity``, ``.peak_memory`` by backend, ``.formulas``.
+
+    Raises
+    ------
+    UnknownVariantError, ShapeError, ParameterError
+
+    Examples
+    --------
+    >>> import refattn as ra
+    >>> ra.cost("softmax", B=1, Hq=1, T=2, D=4, causal=True).flops
+    74
+    """
+    variant = catalog.variant(name)
+    dims = {axis: sizes_and_params.pop(axis) for axis in variant.axes if axis in sizes_and_params}
+    return costs.cost(variant, *problem.bind_sizes(variant, dims, sizes_and_params), precision.as_dtype(dtype).itemsize)
+
+
+# ---- judge -------------------------------------------------------------------------------------------------------------------
+
+
+def tolerance(
+    name: str, /, *operands: Any, profile: Any = None, returns: str | Sequence[str] | None = None, layout: str = "BHTD", **keywords: Any
+) -> Any:
+    """How far a correct implementation may be from the exact result, element by element.
+
+    Parameters
+    ----------
+    name : str
+    *operands : array_like
+        As `attend` takes them; their dtype is what results are rounded to.
+    profile : str or Profile, optional
+        How the implementation computes: ``"math"``, ``"flash"`` (unless said), ``"eager"``, with or without the dtype (``"flash-bf16"``).
+    returns : str or sequence of str, optional
+        Outputs wanted; all there are unless said.
+    layout : {"BHTD", "BTHD"}
+    **keywords
+        Parameters, and operands by name.
+
+    Returns
+    -------
+    namedtuple of ndarray
+        One float64 array per output, in its shape and the caller's layout.
+
+    Raises
+    ------
+    UnknownVariantError, ShapeError, DtypeError, OperandError, ParameterError
+
+    Notes
+    -----
+    The smaller of a worst-case and a statistical bound (`refattn.oracle.bounds`), the latter with a chance of 0.001 that any element of a
+    correct result exceeds it.
+    """
+    from .oracle import profiles
+    from .oracle.tolerance import tolerances
+
+    variant = catalog.variant(name)
+    call = problem.bind(variant, operands, keywords, [o.name for o in variant.outputs] if returns is None else returns, layout)
+    how = profiles.resolve(profile, call.dtype)
+    found = tolerances(call, definition.run(call), how)
+    axes = {o.name: o.axes for o in variant.outputs}
+    arrays = {n: problem.swap_layout(axes[n], x) if layout == "BTHD" else x for n, x in found.items()}
+    return namedtuple("Tolerance", arrays)(**arrays)
+
+
+def check(
+    candidate: Any,
+    name: str | None = None,
+    *,
+    dtype: Any = "float32",
+    suite: str = "standard",
+    framework: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    returns: str | Sequence[str] | None = None,
+    profile: Any = None,
+    inputs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    **params: Any,
+) -> Report:
+    """Judge an implementation: ask it a suite of calls and compare every answer with the definition.
+
+    Parameters
+    ----------
+    candidate : callable or str
+        Called as ``candidate(*operands, **params)`` with the variant's names; a string is an adapter (``"torch"``, ``"jax"``, ...),
+        ``package.module:function`` or ``path/to/file.py:function``.
+    name : str, optional
+        What it claims to compute; ``"softmax"`` unless said.
+    dtype : str or dtype
+        Of the operands it is given.
+    suite : {"quick", "standard", "full"}
+    framework : str, optional
+        Whose arrays it takes: ``"torch"``, ``"jax"``, ``"mlx"``; NumPy's unless said.
+    rename : mapping, optional
+        Its own names: ``{"causal": "is_causal"}``.
+    returns : str or sequence of str, optional
+        What it returns: ``("out", "lse")``; ``"out"`` unless said.
+    profile : str or Profile, optional
+        How it computes, which sets the tolerance (see `tolerance`).
+    inputs : mapping of str to array_like, optional
+        Operands by name to judge it on, in place of the suite's own.
+    seed : int
+        Of the suite's random operands.
+    **params
+        Parameters that keep one value.  One that the candidate does not take is what it does of itself.
+
+    Returns
+    -------
+    Report
+        ``.passed``, ``.worst``, ``.finding``, ``.examined``, ``.unexamined``; ``print`` shows it, ``.to_dict()`` is for machines.
+
+    Raises
+    ------
+    CandidateError, UnknownVariantError, DtypeError, ParameterError, BackendUnavailableError
+
+    Notes
+    -----
+    A candidate that raises NotImplementedError declines a call, which then counts as not examined.
+
+    Examples
+    --------
+    >>> import numpy as np, refattn as ra
+    >>> def attention(q, k, v):
+    ...     s = np.einsum("bhtd,bhsd->bhts", q, k) / np.sqrt(q.shape[-1])
+    ...     p = np.exp(s - s.max(-1, keepdims=True))
+    ...     return np.einsum("bhts,bhse->bhte", p / p.sum(-1, keepdims=True), v)
+    >>> ra.check(attention, "luong_dot", suite="quick", dtype="float64").passed  # scaled, so it is not Luong's
+    False
+    """
+    from .oracle import check as judging
+
+    variant = None if name is None else catalog.variant(name)
+    return judging.check(
+        candidate, variant, dtype, params,
+        suite=suite, framework=framework, rename=rename, returns=returns, profile=profile, inputs=inputs, seed=seed,
+    )  # fmt: skip
+
+
+def compare(
+    out: Any,
+    name: str,
+    /,
+    *operands: Any,
+    returns: str | Sequence[str] | None = None,
+    layout: str = "BHTD",
+    profile: Any = None,
+    **keywords: Any,
+) -> Report:
+    """Judge arrays that exist already.
+
+    Parameters
+    ----------
+    out : array_like or tuple of array_like
+        What an implementation returned, one array per name in `returns`.
+    name : str
+    *operands : array_like
+        What it was given.
+    returns : str or sequence of str, optional
+        ``"out"`` unless said.
+    layout : {"BHTD", "BTHD"}
+        Of operands and of `out`.
+    profile : str or Profile, optional
+        How it computes, which sets the tolerance (see `tolerance`).
+    **keywords
+        Parameters, and operands by name.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    CandidateError, UnknownVariantError, ShapeError, DtypeError, OperandError, ParameterError
+    """
+    from .oracle import check as judging
+
+    variant = catalog.variant(name)
+    return judging.compare_arrays(out, variant, operands, keywords, returns=returns, layout=layout, profile=profile)
+
+
+def assert_matches(out: Any, name: str, /, *operands: Any, **keywords: Any) -> None:
+    """Raise AssertionError with the report where `compare` does not pass: for tests.
+
+    Parameters
+    ----------
+    out, name, *operands, **keywords
+        As `compare` takes them.
+
+    Raises
+    ------
+    AssertionError
+        When the arrays differ by more than their tolerance.
+    """
+    report = compare(out, name, *operands, **keywords)
+    if not report.passed:
+        raise AssertionError(f"\n{report}")

@@ -32,6 +32,8 @@ class Candidate:
     profile : str
         Arithmetic it uses, a name of `refattn.oracle.profiles`; "" for the usual one of the dtype.
     variant : str
+    words : bool
+        Whether it understands parameter values that are words of ours, such as ``causal="top_left"``.
     """
 
     name: str
@@ -42,3 +44,4 @@ class Candidate:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     profile: str = ""
     variant: str = "softmax"
+    words: bool = True

@@ -55,7 +55,7 @@ def variant(name: str) -> Variant:
         With the nearest names there are.
     """
     found = catalogue()
-    if name not in found:
+    if not isinstance(name, str) or name not in found:
         raise UnknownVariantError(unknown("variant", name, found))
     return found[name]
 
@@ -64,7 +64,7 @@ def names(family: str | None = None) -> tuple[str, ...]:
     """Names of all variants, or of one family's."""
     found = catalogue()
     families = sorted({v.family for v in found.values()})
-    if family is not None and family not in families:
+    if family is not None and not (isinstance(family, str) and family in families):
         raise UnknownVariantError(unknown("family", family, families))
     return tuple(name for name, v in found.items() if family in (None, v.family))
 
@@ -79,5 +79,7 @@ def module(v: Variant) -> ModuleType:
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """``no variant named 'softmx'; did you mean 'softmax'?``"""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, 1)
+    if not isinstance(name, str):
+        return f"a {kind} is named by a string, not a {type(name).__name__}; known are {', '.join(known)}"
+    near = difflib.get_close_matches(name, known, 1)
     return f"no {kind} named {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")

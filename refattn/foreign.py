@@ -58,37 +58,51 @@ def as_numpy(x: Any, what: str) -> np.ndarray:
     Raises
     ------
     DtypeError
-        When `x` is no array, or an array NumPy cannot hold.
+        When `x` is no array, an array NumPy cannot hold, or a masked one.
     BackendUnavailableError
         When it lives on a device.
     """
+    if isinstance(x, np.ma.MaskedArray):
+        raise DtypeError(f"{what} is a masked array, whose mask would be ignored; fill it, and pass what is allowed as the mask operand")
     if isinstance(x, np.ndarray | np.generic):
         return np.asarray(x)
-    if not any(hasattr(x, protocol) for protocol in ("__array__", "__dlpack__", "__cuda_array_interface__")):
+    if isinstance(x, type) or not any(hasattr(x, protocol) for protocol in ("__array__", "__dlpack__", "__cuda_array_interface__")):
         raise DtypeError(f"{what} is a {type(x).__name__}, not an array; pass anything with __array__ or __dlpack__ (np.asarray makes one)")
     _refuse_device(x, what)
-    if getattr(x, "requires_grad", False) and hasattr(x, "detach"):
-        x = x.detach()
     try:
+        if getattr(x, "requires_grad", False) and hasattr(x, "detach"):
+            x = x.detach()
         if hasattr(x, "__array__"):
             return np.asarray(x)
-    except (TypeError, RuntimeError, ValueError) as problem:
+    except (TypeError, ValueError) as problem:  # NumPy has no such dtype; any other trouble DLPack might pass over in silence
         if not hasattr(x, "__dlpack__"):
-            raise DtypeError(f"{what}: {type(x).__name__} could not be read as an array: {problem}") from problem
-    return _from_dlpack(x, what)
+            raise _unreadable(x, what, problem) from problem
+    except Exception as problem:
+        raise _unreadable(x, what, problem) from problem
+    try:
+        return _from_dlpack(x, what)
+    except DtypeError:
+        raise
+    except Exception as problem:
+        raise _unreadable(x, what, problem) from problem
+
+
+def _unreadable(x: Any, what: str, problem: Exception) -> DtypeError:
+    return DtypeError(f"{what}: {type(x).__name__} could not be read as an array: {problem}")
 
 
 def _refuse_device(x: Any, what: str) -> None:
-    device = x.__dlpack_device__() if hasattr(x, "__dlpack_device__") else (1, 0)
-    if int(device[0]) not in _CPU_DEVICES or not (hasattr(x, "__array__") or hasattr(x, "__dlpack__")):
+    readable = hasattr(x, "__array__") or hasattr(x, "__dlpack__")
+    try:
+        device = int(x.__dlpack_device__()[0]) if hasattr(x, "__dlpack_device__") else 1
+    except Exception:  # it cannot say; reading it will tell
+        device = 1
+    if device not in _CPU_DEVICES or not readable:
         raise BackendUnavailableError(f"{what} is on a device, and no installed backend computes there; copy it to the host first")
 
 
 def _from_dlpack(x: Any, what: str) -> np.ndarray:
-    try:
-        capsule = x.__dlpack__()
-    except (BufferError, RuntimeError, TypeError, ValueError) as problem:
-        raise DtypeError(f"{what}: {type(x).__name__} could not be read as an array: {problem}") from problem
+    capsule = x.__dlpack__()
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     tensor = _DLTensor.from_address(pointer(capsule, b"dltensor"))

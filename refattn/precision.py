@@ -78,6 +78,8 @@ def as_dtype(dtype: object) -> np.dtype:
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(_FORMATS)}"
             raise DtypeError(f"no floating-point format named {name!r}{hint}")
         return np.dtype(_FORMATS[name])
+    if name is None:  # NumPy would read it as float64
+        raise DtypeError(f"None is not a dtype; known are {', '.join(_FORMATS)}")
     try:
         resolved = np.dtype(name)  # type: ignore[call-overload]
     except TypeError:

@@ -16,7 +16,7 @@ from . import precision
 from .catalog import unknown
 from .errors import DtypeError, OperandError, ParameterError, ShapeError
 from .foreign import as_numpy
-from .spec import MAY_BE_EMPTY, Dims, Operand, Variant, shape, size
+from .spec import MAY_BE_EMPTY, Dims, Integer, Operand, Variant, shape, size
 
 LAYOUTS = ("BHTD", "BTHD")
 
@@ -87,15 +87,43 @@ def bind(
     ShapeError, DtypeError, OperandError, ParameterError
     """
     wanted = _outputs(variant, returns)
-    if layout not in LAYOUTS:
-        raise ParameterError(f"{variant.name}: layout={layout!r}; must be one of {', '.join(LAYOUTS)}")
+    if not (isinstance(layout, str) and layout in LAYOUTS):
+        raise ParameterError(f"{variant.name}: layout={_shown(layout)}; must be one of {', '.join(LAYOUTS)}")
     operands, options = _sort_arguments(variant, arrays, keywords)
     given = {o.name: _operand(variant, o, operands[o.name], layout) for o in variant.operands if operands.get(o.name) is not None}
-    dims = _dims(variant, given, layout)
+    try:
+        dims = _dims(variant, given)
+    except ShapeError as mismatch:
+        raise ShapeError(f"{mismatch}{_other_layout(variant, given, layout)}") from None
     params = _params(variant, options)
     canonical = tuple(_canonical(variant, o, given.get(o.name), dims) for o in variant.operands)
-    required = {o.name: given[o.name].dtype for o in variant.operands if o.kind == "real" and not o.optional}
+    required = {o.name: given[o.name].dtype.newbyteorder("=") for o in variant.operands if o.kind == "real" and not o.optional}
     return Problem(variant, dims, given, canonical, params, wanted, precision.common(required, variant.name), layout)
+
+
+def bind_sizes(variant: Variant, sizes: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
+    """Sizes and parameters without operands: what a cost is asked for.
+
+    A missing E is D, a missing S is T, a missing Hkv is Hq and a missing Dk is Dq; any other missing axis is an error.
+    """
+    dims = dict(sizes)
+    for axis, twin in (("E", "D"), ("S", "T"), ("Hkv", "Hq"), ("Dk", "Dq")):
+        if axis in variant.axes and axis not in dims and twin in dims:
+            dims[axis] = dims[twin]
+    missing = [axis for axis in variant.axes if axis not in dims]
+    if missing:
+        raise ShapeError(f"{variant.name}: {', '.join(missing)} missing; its axes are {', '.join(variant.axes)}")
+    for axis, n in dims.items():
+        least = 0 if axis in MAY_BE_EMPTY else 1
+        if not Integer(least).accepts(n):
+            raise ShapeError(f"{variant.name}: {axis}={n!r}; must be {Integer(least).rule}")
+    if {"Hq", "Hkv"} <= dims.keys() and dims["Hq"] % dims["Hkv"]:
+        raise ShapeError(f"{variant.name}: Hkv={dims['Hkv']} does not divide Hq={dims['Hq']}")
+    known = [p.name for p in variant.params]
+    for name in options:
+        if name not in known:
+            raise ParameterError(f"{variant.name}: {unknown('axis or parameter', name, [*variant.axes, *known])}")
+    return {axis: int(n) for axis, n in dims.items()}, _params(variant, options)
 
 
 def release(problem: Problem, results: Mapping[str, np.ndarray], out: Sequence[np.ndarray] | None = None) -> Any:
@@ -136,14 +164,16 @@ def _has_layout(axes: str) -> bool:
 
 
 def _outputs(variant: Variant, returns: str | Sequence[str] | None) -> tuple[str, ...]:
-    wanted = variant.returns if returns is None else (returns,) if isinstance(returns, str) else tuple(returns)
     known = [o.name for o in variant.outputs]
+    wanted = variant.returns if returns is None else (returns,) if isinstance(returns, str) else returns
+    if not (isinstance(wanted, tuple | list) and all(isinstance(name, str) for name in wanted)):
+        raise ParameterError(f"{variant.name}: returns={_shown(returns)}; must be a name or a tuple of names of {', '.join(known)}")
     for name in wanted:
         if name not in known:
             raise ParameterError(f"{variant.name}: {unknown('output', name, known)}")
     if not wanted:
         raise ParameterError(f"{variant.name}: returns is empty; name at least one of {', '.join(known)}")
-    return wanted
+    return tuple(wanted)
 
 
 def _sort_arguments(variant: Variant, arrays: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -170,7 +200,7 @@ def _operand(variant: Variant, operand: Operand, value: Any, layout: str) -> np.
     what = f"{variant.name}: {operand.name}"
     x = as_numpy(value, what)
     if operand.kind == "real" and not precision.is_real(x.dtype):
-        raise DtypeError(f"{what} is {x.dtype}; must be floating point ({', '.join(('float64', 'float32', 'float16', 'bfloat16', 'float8_*'))})")
+        raise DtypeError(f"{what} is {x.dtype}; must be float64, float32, float16, bfloat16 or float8_*")
     if operand.kind == "boolean" and x.dtype != np.bool_:
         raise DtypeError(f"{what} is {x.dtype}; must be boolean, True where a query may attend (numbers to add to the scores are a bias)")
     if operand.kind == "number" and not (precision.is_real(x.dtype) or x.dtype.kind in "biu"):
@@ -181,13 +211,15 @@ def _operand(variant: Variant, operand: Operand, value: Any, layout: str) -> np.
         raise ShapeError(f"{what} has {x.ndim} axes, shape {x.shape}; must have {len(wanted)}{fewer}: [{spelled(operand.axes, layout)}]")
     if operand.within is not None and x.size:
         low, high = operand.within
-        least, most = float(x.min()), float(x.max())
+        with np.errstate(invalid="ignore"):  # NaN stays NaN, and fails below
+            values = x.astype(np.float64)
+            least, most = float(values.min()), float(values.max())
         if not (least >= low and most <= high):
             raise OperandError(f"{what} has values from {least:g} to {most:g}; every value must be from {low:g} to {high:g}")
     return swap_layout(operand.axes, x) if layout == "BTHD" else x
 
 
-def _dims(variant: Variant, given: Mapping[str, np.ndarray], layout: str) -> dict[str, int]:
+def _dims(variant: Variant, given: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Bind every axis name to one size; complain where two operands disagree."""
     dims: dict[str, int] = {}
     source: dict[str, str] = {}
@@ -205,7 +237,7 @@ def _dims(variant: Variant, given: Mapping[str, np.ndarray], layout: str) -> dic
         for axis, n in zip(operand.axes.split(), given[operand.name].shape, strict=True):
             if not axis.isidentifier() and n != size(axis, dims):
                 raise ShapeError(f"{variant.name}: {operand.name} has {n} along {axis}; must be {size(axis, dims)}")
-    if dims.get("Hq", 1) % dims.get("Hkv", 1):
+    if {"Hq", "Hkv"} <= dims.keys() and dims["Hq"] % dims["Hkv"]:
         raise ShapeError(f"{variant.name}: {source['Hkv']} has Hkv={dims['Hkv']}, which does not divide {source['Hq']}'s Hq={dims['Hq']}")
     for operand in variant.operands:
         if operand.name in given and operand.broadcast:
@@ -216,14 +248,33 @@ def _dims(variant: Variant, given: Mapping[str, np.ndarray], layout: str) -> dic
     return dims
 
 
+def _other_layout(variant: Variant, given: Mapping[str, np.ndarray], layout: str) -> str:
+    """A hint where shapes that do not fit would do so in the other layout, or the empty string."""
+    other = next(name for name in LAYOUTS if name != layout)
+    try:
+        _dims(variant, {o.name: swap_layout(o.axes, given[o.name]) for o in variant.operands if o.name in given})
+    except ShapeError:
+        return ""
+    return f"; these shapes fit layout={other!r}"
+
+
 def _params(variant: Variant, options: Mapping[str, Any]) -> dict[str, Any]:
     params = {}
     for p in variant.params:
         value = options.get(p.name, p.default)
         if not p.kind.accepts(value):
-            raise ParameterError(f"{variant.name}: {p.name}={value!r}; must be {p.kind.rule}")
+            raise ParameterError(f"{variant.name}: {p.name}={_shown(value)}; must be {p.kind.rule}")
         params[p.name] = p.kind.read(value)
     return params
+
+
+def _shown(value: object) -> str:
+    """A value as it stands in a message: its repr, or its type where that is long or cannot be had."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = ""
+    return text if 0 < len(text) <= 60 and "\n" not in text else f"<{type(value).__name__}>"
 
 
 def _canonical(variant: Variant, operand: Operand, x: np.ndarray | None, dims: Dims) -> np.ndarray:
@@ -231,7 +282,8 @@ def _canonical(variant: Variant, operand: Operand, x: np.ndarray | None, dims: D
     full = shape(operand.axes, dims)
     if x is None:
         return np.broadcast_to(np.asarray(operand.absent, dtype), full)
-    canonical: np.ndarray = np.ascontiguousarray(x, dtype)
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        canonical = np.require(x, dtype, ["C", "ALIGNED"])
     return np.broadcast_to(canonical, full) if operand.broadcast else canonical
 
 
@@ -247,9 +299,9 @@ def check_out(problem: Problem, out: Any) -> tuple[np.ndarray, ...]:
     variant = problem.variant
     if len(targets) != len(problem.returns):
         raise OperandError(f"{variant.name}: out has {len(targets)} arrays for {len(problem.returns)} outputs ({', '.join(problem.returns)})")
-    for name, target in zip(problem.returns, targets, strict=True):
+    for n_checked, (name, target) in enumerate(zip(problem.returns, targets, strict=True)):
         what = f"{variant.name}: out for {name}"
-        if not isinstance(target, np.ndarray):
+        if not isinstance(target, np.ndarray) or isinstance(target, np.ma.MaskedArray):
             raise DtypeError(f"{what} is a {type(target).__name__}; must be a NumPy array")
         axes = spelled(next(o.axes for o in variant.outputs if o.name == name), problem.layout)
         if target.shape != shape(axes, problem.dims):
@@ -258,7 +310,21 @@ def check_out(problem: Problem, out: Any) -> tuple[np.ndarray, ...]:
             raise DtypeError(f"{what} is {target.dtype}; must be {output_dtype(problem, name)}")
         if not target.flags.writeable:
             raise OperandError(f"{what} is read-only; pass an array that can be written")
+        if any(n > 1 and stride == 0 for n, stride in zip(target.shape, target.strides, strict=True)):
+            raise OperandError(f"{what} keeps several elements in one place (strides {target.strides}); pass an array of its own")
         for operand, x in problem.given.items():
-            if np.may_share_memory(target, x):
+            if _overlap(target, x):
                 raise OperandError(f"{what} overlaps the memory of {operand}; results are written while operands are still read")
+        for other, earlier in zip(problem.returns[:n_checked], targets, strict=False):
+            if _overlap(target, earlier):
+                raise OperandError(f"{what} overlaps the memory of out for {other}; each output needs an array of its own")
     return targets
+
+
+def _overlap(one: np.ndarray, two: np.ndarray) -> bool:
+    """Whether they share an element; taken as so when finding out would take long."""
+    steps: Any = 10_000  # NumPy's stub knows -1 and 0 only
+    try:
+        return np.shares_memory(one, two, max_work=steps)
+    except np.exceptions.TooHardError:
+        return True

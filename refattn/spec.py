@@ -105,6 +105,19 @@ class Output:
 
 # ---- parameters --------------------------------------------------------------------------------------------------------------
 
+#: What a definition receives for an unbounded side of a window: more than any index.
+UNBOUNDED = 2**62
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool | np.bool_)
+
+
+def _is_real(value: object) -> bool:
+    """Whether it is one real number, Python's, NumPy's or ml_dtypes', and no boolean."""
+    narrow = isinstance(value, np.generic) and not isinstance(value, np.bool_) and np.can_cast(value.dtype, np.float64)
+    return _is_whole(value) or narrow or isinstance(value, float | np.floating)
+
 
 @dataclass(frozen=True)
 class Number:
@@ -118,9 +131,13 @@ class Number:
     def accepts(self, value: object) -> bool:
         if value is None:
             return self.optional
-        if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        if not _is_real(value):
             return False
-        return bool(math.isfinite(value) and value > self.above and value >= self.at_least)
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except OverflowError:  # a whole number beyond any float
+            return False
+        return math.isfinite(number) and number > self.above and number >= self.at_least
 
     def read(self, value: Any) -> float | None:
         return None if value is None else float(value)
@@ -141,8 +158,7 @@ class Integer:
     machine = "int64"
 
     def accepts(self, value: object) -> bool:
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool | np.bool_)
-        return bool(whole and self.at_least <= value <= self.at_most)  # type: ignore[operator]
+        return _is_whole(value) and bool(self.at_least <= value <= self.at_most)  # type: ignore[operator]
 
     def read(self, value: Any) -> int:
         return int(value)
@@ -160,10 +176,15 @@ class Choice:
     machine = "int64"
 
     def accepts(self, value: object) -> bool:
-        return any(type(value) is type(v) and value == v for v in self.values) or isinstance(value, np.bool_)
+        plain = self.read(value)
+        return any(type(plain) is type(v) and plain == v for v in self.values)  # the type, because True == 1
 
     def read(self, value: Any) -> Any:
-        return bool(value) if isinstance(value, np.bool_) else value
+        """The value as the Python object of `values`: NumPy's scalars and subclasses of str and int are equal to theirs."""
+        for plain, others in ((bool, bool | np.bool_), (int, int | np.integer), (str, str)):
+            if isinstance(value, others):
+                return plain(value)
+        return value
 
     @property
     def rule(self) -> str:
@@ -181,23 +202,20 @@ class Window:
             return True
         if not isinstance(value, tuple | list) or len(value) != 2:
             return False
-        return all(side is None or Integer().accepts(side) for side in value)
+        return all(side is None or (_is_whole(side) and side >= 0) for side in value)
 
     def read(self, value: Any) -> tuple[int | None, int | None] | None:
         if value is None:
             return None
-        left, right = (None if side is None else int(side) for side in value)
+        left, right = (None if side is None else min(int(side), UNBOUNDED) for side in value)
         return left, right
 
     @property
     def rule(self) -> str:
-        return "a pair (left, right) of whole numbers from 0 or None, or None"
+        return "a pair (left, right) of whole numbers from 0, None for a side without limit; or None"
 
 
 Kind = Number | Integer | Choice | Window
-
-#: What a definition receives for an unbounded side of a window: more than any index.
-UNBOUNDED = 2**62
 
 
 @dataclass(frozen=True)
@@ -254,6 +272,10 @@ class Plan:
         Names of the similarity's own operands, in its order.
     shift
         Added to every score after the scale.
+    fill
+        Score written over hidden entries where they are not skipped.
+    projections
+        (matrix, bias) operands that queries, keys and values are multiplied by first, one pair each; and one pair for the output.
     """
 
     similarity: ModuleType
@@ -270,6 +292,8 @@ class Plan:
     mask: str = ""
     sinks: str = ""
     residual: str = ""
+    fill: float = -math.inf
+    projections: tuple[tuple[str, str], ...] = ()
 
 
 # ---- what can be said about a variant ------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def define(q, k, v, bias, mask, sinks, scale, softcap, causal, window, empty_row
                             s = softcap * math.tanh(s / softcap)
                         s += bias[b, h, i, j]
                         scores[b, h, i, j] = s
-                        if not s <= top:  # NaN must win
+                        if s > top or math.isnan(s):  # NaN must win
                             top = s
                 if top == -np.inf:
                     for j in range(n_k):

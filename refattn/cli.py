@@ -1,0 +1,265 @@
+"""The command line: reads the catalogue, asks the judge, prints tables.
+
+Exit status: 0 it agrees (or the command did what it says), 1 it does not agree, 2 the call was wrong or a component is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, adapters, api, catalog
+from .errors import BackendUnavailableError, CandidateError, ParameterError, RefattnError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="The ground truth for attention: look variants up, and judge implementations of them.",
+)
+screen = Console()
+errors = Console(stderr=True)
+
+_Variant = Annotated[str, typer.Argument(metavar="VARIANT", help="A name that `refattn list` shows.")]
+_Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter, its value as JSON or plain text: causal=true, window=[127,0].")
+]
+_Dtype = Annotated[str, typer.Option(help="float64, float32, float16, bfloat16, float8_e4m3fn, ...")]
+_Profile = Annotated[str | None, typer.Option(help="How the implementation computes: math, flash, eager.")]
+_Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - for standard output, without the table.")]
+_Returns = Annotated[str | None, typer.Option(metavar="NAMES", help="What it returns, in order: out,lse.")]
+
+
+@app.command("list")
+def list_variants(family: Annotated[str | None, typer.Option(help="Only this family.")] = None) -> None:
+    """Show every variant."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("variant", "family", "year", "summary"):
+        table.add_column(column, no_wrap=column != "summary")
+    for name in catalog.names(family):
+        v = catalog.variant(name)
+        table.add_row(v.name, v.family, str(v.paper.year), v.summary)
+    screen.print(table)
+
+
+@app.command()
+def show(variant: _Variant) -> None:
+    """Show a variant: equation, operands, parameters, cost, and its documentation page."""
+    found = api.describe(variant)
+    screen.print(str(found), markup=False, highlight=False)
+    screen.print()
+    screen.print(found.text, markup=False, highlight=False)
+
+
+@app.command()
+def cite(variant: _Variant) -> None:
+    """Print the BibTeX entry of a variant's paper."""
+    print(api.cite(variant))
+
+
+@app.command()
+def cost(
+    variant: _Variant,
+    sizes: Annotated[list[str], typer.Argument(metavar="AXIS=N...", help="Sizes by axis, and parameters: B=1 Hq=32 T=4096 D=128 causal=true.")],
+    dtype: _Dtype = "float32",
+) -> None:
+    """Operations, traffic and memory of one forward call."""
+    found = api.cost(variant, dtype=dtype, **_settings(sizes))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("floating-point operations", f"{found.flops:,}")
+    table.add_row("bytes read and written", f"{found.bytes:,}")
+    table.add_row("operations per byte", f"{found.intensity:,.1f}")
+    for backend, amount in found.peak_memory.items():
+        table.add_row(f"bytes allocated, {backend}", f"{amount:,}")
+    screen.print(table)
+
+
+@app.command()
+def check(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="path/to/file.py:function, package.module:function, or an adapter: torch, torch-flex, jax, ...")
+    ],
+    variant: Annotated[str | None, typer.Option(help="What it claims to compute.", show_default="softmax")] = None,
+    dtype: _Dtype = "float32",
+    settings: _Set = None,
+    framework: Annotated[str | None, typer.Option(help="Whose arrays it takes: torch, jax, mlx.", show_default="numpy")] = None,
+    rename: Annotated[
+        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="Its own name of an operand or parameter: causal=is_causal.")
+    ] = None,
+    returns: _Returns = None,
+    profile: _Profile = None,
+    suite: Annotated[str, typer.Option(help="quick, standard or full.")] = "standard",
+    inputs: Annotated[Path | None, typer.Option(metavar="FILE", help="Judge on these operands (.npz or .safetensors).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random operands.")] = 0,
+    json_file: _Json = None,
+    save: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Write the operands of the smallest failing call.")] = None,
+) -> None:
+    """Judge an implementation: does it compute what it says?"""
+    report = api.check(
+        target,
+        variant,
+        dtype=dtype,
+        suite=suite,
+        framework=framework,
+        rename=dict(_pair(r) for r in rename or []),
+        returns=_names(returns),
+        profile=profile,
+        inputs=None if inputs is None else _read(inputs),
+        seed=seed,
+        **_settings(settings or []),
+    )
+    if save is not None and not report.passed:
+        report.save(str(save))
+    _give(report, json_file)
+
+
+@app.command()
+def compare(
+    arrays: Annotated[Path, typer.Argument(metavar="FILE", help=".npz or .safetensors that holds the operands and the outputs by name.")],
+    variant: Annotated[str, typer.Option(help="What was computed.")] = "softmax",
+    settings: _Set = None,
+    returns: _Returns = None,
+    layout: Annotated[str, typer.Option(help="BHTD or BTHD.")] = "BHTD",
+    profile: _Profile = None,
+    json_file: _Json = None,
+) -> None:
+    """Judge outputs that exist already."""
+    held = _read(arrays)
+    names = _names(returns) or tuple(o.name for o in catalog.variant(variant).outputs if o.name in held)
+    missing = [n for n in names if n not in held]
+    if missing or not names:
+        raise ParameterError(f"{arrays} holds {', '.join(held) or 'nothing'}, but no output {missing[0] if missing else 'of ' + variant}")
+    outputs = {n: held.pop(n) for n in names}
+    report = api.compare(
+        tuple(outputs.values()), variant, returns=tuple(outputs), layout=layout, profile=profile, **held, **_settings(settings or [])
+    )
+    _give(report, json_file)
+
+
+@app.command()
+def vectors(
+    variants: Annotated[list[str] | None, typer.Argument(metavar="VARIANT...", help="Which; all of them unless said.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Where to write golden vectors.")] = None,
+    verify: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="DIR OUTPUTS", help="Judge the outputs another program wrote for DIR's vectors.")
+    ] = None,
+    dtype: _Dtype = "float32",
+    profile: _Profile = None,
+) -> None:
+    """Golden vectors for other languages: operands, exact outputs and per-element tolerances, in safetensors with a JSON manifest."""
+    from .oracle import vectors as golden
+
+    if (output is None) == (verify is None):
+        raise ParameterError("vectors: give either -o DIR, to write, or --verify DIR OUTPUTS, to judge")
+    if output is not None:
+        manifest = golden.write(output, variants or catalog.names(), dtype, profile)
+        screen.print(f"{len(manifest['cases'])} cases written to {output}")
+        return
+    assert verify is not None
+    rows = golden.verify(*verify)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("case", "output", "outcome", "error / tolerance"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row.case, row.output, "[green]agrees" if row.agrees else f"[red]{row.reason or 'differs'}", f"{row.ratio:.2g}")
+    screen.print(table)
+    raise typer.Exit(0 if rows and all(row.agrees for row in rows) else 1)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which backends and adapters work, and why the others do not."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("refattn", __version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} processors")
+    for package in ("numpy", "numba", "llvmlite", "scipy", "ml_dtypes", "safetensors", "matplotlib", "asv"):
+        table.add_row(package, _version(package) or "[dim]not installed")
+    table.add_row("variants", str(len(catalog.names())))
+    table.add_row("backend definition", "[green]works" if importlib.util.find_spec("numba") else "[red]numba is missing")
+    table.add_row("backend cpu, cuda", "[dim]not part of this version")
+    for name in adapters.names():
+        try:
+            state = f"[green]works[/]  {adapters.load(name).name}"
+        except BackendUnavailableError as missing:
+            state = f"[dim]{missing}"
+        table.add_row(f"adapter {name}", state)
+    screen.print(table)
+
+
+# ---- reading what was typed ------------------------------------------------------------------------------------------------------
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ParameterError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def _settings(texts: list[str]) -> dict[str, Any]:
+    """``causal=true`` as {"causal": True}: values are JSON where they parse as such, else text."""
+    found = {}
+    for text in texts:
+        name, value = _pair(text)
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = {"None": None, "True": True, "False": False}.get(value, value)
+    return found
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(n.strip() for n in text.split(","))
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """Arrays by name from an .npz or .safetensors file; never from a pickle."""
+    if not path.is_file():
+        raise CandidateError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        from .oracle.vectors import read_tensors
+
+        return read_tensors(path)
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return {name: held[name] for name in held.files}
+    except (ValueError, OSError, AttributeError) as problem:
+        raise CandidateError(f"{path} could not be read as .npz: {problem}") from problem
+
+
+def _give(report: Any, json_file: Path | None) -> None:
+    """Print the report, write it, and leave with its status."""
+    if json_file is not None and str(json_file) == "-":
+        print(report.to_json())
+    else:
+        screen.print(report)
+        if json_file is not None:
+            json_file.write_text(report.to_json() + "\n")
+    raise typer.Exit(0 if report.passed else 1)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    """Run the command line; refattn's own errors are one line and exit status 2."""
+    try:
+        app()
+    except RefattnError as problem:
+        errors.print(f"refattn: {problem}", style="red", markup=False, highlight=False)
+        sys.exit(2)

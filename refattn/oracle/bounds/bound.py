@@ -1,0 +1,51 @@
+"""A bound on rounding errors in two versions, and the few ways bounds combine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+def spread(count: int, alpha: float) -> float:
+    """How many standard deviations `count` independent errors stay within, but for a chance of alpha: sqrt(2 ln(2 N / alpha))."""
+    return math.sqrt(2 * math.log(2 * max(count, 2) / alpha))
+
+
+def gamma(k: float, u: float) -> float:
+    """Relative error of the worst sum of k rounded terms."""
+    return k * u / (1 - k * u) if k * u < 1 else math.inf
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Largest error, worst case and statistically.  Arrays or numbers that broadcast."""
+
+    worst: Any
+    likely: Any
+
+    @staticmethod
+    def roundings(k: float, u: float, lam: float) -> Bound:
+        """k roundings of unit u, relative to what is rounded."""
+        return Bound(gamma(k, u), lam * math.sqrt(k) * u)
+
+    def __add__(self, other: Bound) -> Bound:
+        """Of the sum of two quantities with independent errors."""
+        return Bound(self.worst + other.worst, np.hypot(self.likely, other.likely))
+
+    def __mul__(self, magnitude: Any) -> Bound:
+        return Bound(self.worst * magnitude, self.likely * magnitude)
+
+    def linear(self, extra: Any) -> Bound:
+        """With an error that has one sign throughout."""
+        return Bound(self.worst + extra, self.likely + extra)
+
+    def where(self, condition: np.ndarray) -> Bound:
+        """0 wherever the condition does not hold."""
+        return Bound(np.where(condition, self.worst, 0.0), np.where(condition, self.likely, 0.0))
+
+    @property
+    def smaller(self) -> np.ndarray:
+        return np.minimum(self.worst, self.likely)

@@ -1,0 +1,202 @@
+"""Rounding errors of scored attention, from its plan: softmax over keys or queries, or sigmoid, of similarities.
+
+If the weights of a row are off by factors (1 + e_j), in numerator and denominator alike, then exactly
+
+    o^ - o = sum_j p_j e_j (v_j - o) / (1 + sum_j p_j e_j)
+
+so errors of scores and exponentials count with the spread |v_j - o| of the values.  What comes after the weights were summed (their
+rounding, the sum with the values, the division) counts with |v_j|.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from ...problem import Problem
+from ...spec import Plan
+from ..profiles import Profile
+from .bound import Bound
+from .rows import RowSums, row_sums
+
+_NEVER = 1e300  # a relative error that makes every bound useless, finite so that 0 * _NEVER is 0
+
+
+class Scored:
+    """Bounds for one problem; `bounds()` is the result, the methods are the stages an error goes through."""
+
+    def __init__(self, problem: Problem, truth: Mapping[str, np.ndarray], plan: Plan, profile: Profile, lam: float) -> None:
+        self.plan, self.profile, self.lam = plan, profile, lam
+        self.u = profile.accumulate
+        self.operands = problem.operands
+        self.heads = problem.dims.get("Hq", 1)
+        self.truth = {name: _with_heads(x) if x.ndim == 3 and name != "lse" else x for name, x in truth.items()}
+        rows = (self._rows(name, n) for n, name in enumerate((plan.query, plan.key, plan.value)))
+        (self.q, self.q_error), (self.k, self.k_error), (self.v, self.v_error) = rows
+        self.weights = self.truth["weights"]
+        self.scores = self.truth["scores"] if "scores" in truth else self._scores()
+        self.scored = np.isfinite(self.scores)
+        self.visible = self.scored | (self.weights > 0)  # a row that sees nothing may still average everything
+
+    def bounds(self) -> dict[str, np.ndarray]:
+        score = self._score()
+        weight, common, sink = self._weight(score)
+        normalised = weight if self.plan.normalizer == "sigmoid" else self._normalised(weight)
+        centred = self.plan.normalizer == "softmax"
+        used = weight if centred else normalised
+        sums = row_sums(self.weights, self.visible, np.minimum(used.worst, _NEVER), np.minimum(used.likely, _NEVER), common, self.v, centred)
+        found = {
+            "out": self._finished(self._out(sums, used, sink, centred), sums),
+            "weights": self.weights * (normalised.smaller + self.profile.probabilities) + np.finfo(np.float32).tiny,
+            "scores": score.smaller,
+        }
+        if "lse" in self.truth:
+            found["lse"] = self._lse(weight, common, sink)
+        return found
+
+    # ---- rows of queries, keys and values ------------------------------------------------------------------------------------
+
+    def _rows(self, name: str, n: int) -> tuple[np.ndarray, Bound]:
+        """Rows with a head axis, and the errors they arrive with: none, unless they were projected."""
+        x = self.operands[name]
+        if not self.plan.projections:
+            rows = _with_heads(x)
+            return rows, Bound(np.zeros_like(rows), np.zeros_like(rows))
+        matrix, bias = (self.operands[operand] for operand in self.plan.projections[n])
+        made = np.einsum("btm,hmd->bhtd", x, matrix) + bias[:, None, :]
+        magnitude = np.einsum("btm,hmd->bhtd", np.abs(x), np.abs(matrix)) + np.abs(bias)[:, None, :]
+        error = self._roundings(x.shape[-1] + 1) * magnitude
+        return made, error.linear(self.profile.intermediate * np.abs(made))
+
+    def _scores(self) -> np.ndarray:
+        scores = self.plan.scale * (self.q @ np.swapaxes(self._per_query_head(self.k), -1, -2))
+        return np.where(self.weights > 0, scores, -np.inf)
+
+    def _per_query_head(self, x: np.ndarray) -> np.ndarray:
+        return x if x.shape[1] == self.heads else np.repeat(x, self.heads // x.shape[1], axis=1)
+
+    def _roundings(self, k: float) -> Bound:
+        return Bound.roundings(k, self.u, self.lam)
+
+    # ---- scores ----------------------------------------------------------------------------------------------------------------
+
+    def _score(self) -> Bound:
+        """Absolute error of each score."""
+        plan, profile, u = self.plan, self.profile, self.u
+        k = self._per_query_head(self.k)
+        amplitude = abs(plan.scale) * plan.similarity.amplitude(self.q, k, *(self.operands[w] for w in plan.weights))
+        terms = plan.similarity.roundings(self.q.shape[-1], k.shape[-1], *(self.operands[w].shape[-1] for w in plan.weights))
+        error = self._roundings(terms + 2) * amplitude
+        error += Bound(profile.operands, self.lam * profile.operands) * amplitude
+        if plan.projections:
+            error += self._carried(k)
+        final = np.where(self.scored, self.scores, 0.0)
+        bias = np.where(self.scored, self.operands[plan.bias], 0.0) if plan.bias else 0.0
+        before = np.abs(final - bias)
+        each = 2 * u * before + u * np.abs(final) + profile.scores * np.abs(final)
+        if plan.score_mods:  # a bounded modifier: its slope is at most one, its own evaluation adds a relative error
+            each += (profile.tanh_error + 2 * u) * before
+        error += Bound(each, self.lam * each)
+        return error.where(self.scored & (self.scores != plan.fill))
+
+    def _carried(self, k: np.ndarray) -> Bound:
+        """Error of q . k from errors of q and k."""
+        q, k = np.abs(self.q), np.swapaxes(np.abs(k), -1, -2)
+        k_error = Bound(*(np.swapaxes(self._per_query_head(x), -1, -2) for x in (self.k_error.worst, self.k_error.likely)))
+        worst = self.q_error.worst @ k + q @ k_error.worst + self.q_error.worst @ k_error.worst
+        likely = np.sqrt(self.q_error.likely**2 @ k**2 + q**2 @ k_error.likely**2)
+        return Bound(worst, likely) * abs(self.plan.scale)
+
+    # ---- weights ---------------------------------------------------------------------------------------------------------------
+
+    def _weight(self, score: Bound) -> tuple[Bound, np.ndarray, np.ndarray]:
+        """Relative error of each unnormalised weight; the part common to a call; the relative error of the sink's weight."""
+        profile, u, lam = self.profile, self.u, self.lam
+        if self.plan.normalizer == "sigmoid":
+            slope = 1.0 - self.weights
+            function = 2 * profile.exp_error + 3 * u
+            worst = np.expm1(np.minimum(slope * score.worst, 600.0)) + function
+            return Bound(worst, slope * score.likely + lam * function), np.zeros_like(slope), np.zeros(slope.shape[:3])
+        axis = 2 if self.plan.normalizer == "softmax over queries" else 3
+        sinks = self.operands[self.plan.sinks] if self.plan.sinks else np.full(self.heads, -np.inf)
+        top = np.max(np.where(self.scored, self.scores, -np.inf), axis=axis, keepdims=True, initial=-np.inf)
+        top = np.maximum(top, sinks[:, None, None])
+        top = np.where(np.isfinite(top), top, 0.0)
+        below = np.where(self.scored, np.abs(self.scores - top), 0.0)
+        common = 3 * u * below  # scale and log2(e) are rounded once
+        steps = max(0, math.ceil(self.weights.shape[axis] / profile.tile) - 1) if profile.tile else 0
+        function = (steps + 1) * (profile.exp_error + u) + steps * u
+        worst = np.expm1(np.minimum(score.worst + 2 * u * below + function, 600.0))
+        likely = np.hypot(score.likely, lam * 2 * u * below)
+        likely = np.hypot(likely, lam * (profile.exp_error + u) * math.sqrt(steps + 1))
+        distance = np.where(np.isfinite(sinks), sinks, 0.0)[:, None] - (top[..., 0] if axis == 3 else 0.0)
+        return Bound(worst, likely), common, function + 2 * u * np.abs(distance)
+
+    def _normalised(self, weight: Bound) -> Bound:
+        """Relative error of each weight after division by its sum."""
+        axis = 2 if self.plan.normalizer == "softmax over queries" else 3
+        worst = np.sum(self.weights * weight.worst, axis=axis, keepdims=True)
+        likely = np.sqrt(np.sum((self.weights * weight.likely) ** 2, axis=axis, keepdims=True))
+        return weight + Bound(worst, likely) + self._roundings(self.weights.shape[axis] + 3)
+
+    # ---- outputs ---------------------------------------------------------------------------------------------------------------
+
+    def _out(self, sums: RowSums, weight: Bound, sink: np.ndarray, centred: bool) -> Bound:
+        """Error of weights times values, in the accumulator."""
+        profile, lam, n_keys = self.profile, self.lam, self.weights.shape[3]
+        steps = math.ceil(n_keys / profile.tile) if profile.tile else 0
+        total = self._roundings(n_keys + 2 * steps + 2)
+        most = np.max(np.where(self.visible, weight.worst, 0.0), axis=-1, initial=0.0)[..., None]
+        shrink = np.maximum(1.0 - most, 1.0 / _NEVER)
+        stored = (1 + profile.probabilities) * (1 + total.worst) - 1
+        out = np.abs(sums.out)
+        with np.errstate(over="ignore"):
+            worst = (1 + total.worst) * (sums.worst + stored * (1 + most) * sums.magnitude) / shrink + total.worst * out
+        rms = np.sqrt(sums.square)
+        likely = np.hypot(np.sqrt(sums.likely), lam * profile.probabilities * rms)
+        likely = np.hypot(likely, total.likely * np.maximum(out, rms)) + 2 * self.u * out
+        vanished = (0.5 * profile.smallest_probability + np.finfo(np.float32).tiny) * sums.plain
+        mass = np.clip(1.0 - self.weights.sum(-1), 0.0, 1.0)[..., None] if self.plan.sinks else 0.0
+        error = Bound(worst, likely).linear(sums.common + vanished + mass * sink[..., None] * out)
+        if self.plan.projections:
+            carried = Bound(*(self._per_query_head(x) for x in (self.v_error.worst, self.v_error.likely)))
+            error += Bound((self.weights @ carried.worst) * (1 + total.worst), np.sqrt(self.weights**2 @ carried.likely**2))
+        elif centred and not self.plan.sinks:  # a mean of visible values stays among them, whatever the weights
+            seen = sums.low <= sums.high
+            low, high = np.where(seen, sums.low, 0.0), np.where(seen, sums.high, 0.0)
+            among = np.maximum(high - sums.out, sums.out - low) + stored * np.maximum(np.abs(low), np.abs(high))
+            error = Bound(np.minimum(error.worst, among), error.likely)
+        return error
+
+    def _finished(self, error: Bound, sums: RowSums) -> np.ndarray:
+        """Error after the output projection or the residual, where there is one."""
+        if self.plan.residual:
+            magnitude = np.abs(sums.out) + np.abs(_with_heads(self.operands[self.plan.residual]))
+            return error.linear(self.u * magnitude).smaller
+        if not self.plan.projections:
+            return error.smaller
+        matrix, bias = (self.operands[operand] for operand in self.plan.projections[3])
+        error = error.linear(self.profile.intermediate * np.abs(sums.out))
+        worst = np.einsum("bhte,hem->btm", error.worst, np.abs(matrix))
+        likely = np.sqrt(np.einsum("bhte,hem->btm", error.likely**2, matrix**2))
+        magnitude = np.einsum("bhte,hem->btm", np.abs(sums.out), np.abs(matrix)) + np.abs(bias)
+        return (Bound(worst, likely) + self._roundings(matrix.shape[0] * matrix.shape[1] + 1) * magnitude).smaller
+
+    def _lse(self, weight: Bound, common: np.ndarray, sink: np.ndarray) -> np.ndarray:
+        n_keys, u = self.weights.shape[3], self.u
+        exact = self.truth["lse"]
+        mass = np.clip(1.0 - self.weights.sum(-1), 0.0, 1.0)
+        most = np.max(np.where(self.visible, weight.worst, 0.0), axis=-1, initial=0.0)
+        worst = (self.weights * np.minimum(weight.worst, _NEVER)).sum(-1) / np.maximum(1.0 - most, 1.0 / _NEVER)
+        likely = np.sqrt(((self.weights * weight.likely) ** 2).sum(-1))
+        error = Bound(worst, likely) + self._roundings(n_keys + 2)
+        largest = np.max(np.where(self.scored, np.abs(self.scores), 0.0), axis=-1, initial=0.0)
+        scale = np.where(np.isfinite(exact), np.abs(exact), 0.0) + largest + math.log(n_keys + 1)
+        return error.linear((self.weights * common).sum(-1) + mass * sink + 4 * u * scale).smaller
+
+
+def _with_heads(x: np.ndarray) -> np.ndarray:
+    """(B, T, D) as (B, 1, T, D)."""
+    return x[:, None] if x.ndim == 3 else x

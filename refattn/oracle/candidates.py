@@ -1,0 +1,150 @@
+"""Finds the implementation to be judged and makes a Candidate of it: a callable, an adapter's name, a module or a file."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import adapters
+from ..candidate import Candidate
+from ..errors import CandidateError
+from ..spec import Variant
+
+
+def candidate(
+    target: Any,
+    variant: Variant,
+    framework: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    returns: str | Sequence[str] | None = None,
+) -> Candidate:
+    """The implementation `target` stands for.
+
+    Parameters
+    ----------
+    target : callable, Candidate or str
+        A string is an adapter's name, ``package.module:function`` or ``path/to/file.py:function``.
+    variant : Variant
+        What it claims to compute.
+    framework : str, optional
+        Whose arrays it takes; NumPy's unless said.
+    rename : mapping, optional
+        Its own names of operands and parameters: ``{"causal": "is_causal"}``.
+    returns : str or sequence of str, optional
+        What it returns, in order; ``"out"`` unless said.
+
+    Raises
+    ------
+    CandidateError, BackendUnavailableError, UnknownVariantError
+    """
+    if isinstance(target, Candidate):
+        return target
+    if isinstance(target, str):
+        if ":" not in target:
+            return adapters.load(target)
+        function, name = _located(target), target
+    else:
+        function, name = target, _name(target)
+    if not callable(function):
+        raise CandidateError(f"{name} is a {type(function).__name__}; it must be callable")
+    outputs = ("out",) if returns is None else (returns,) if isinstance(returns, str) else tuple(returns)
+    known = [o.name for o in variant.operands] + [p.name for p in variant.params]
+    renamed = dict(rename) if isinstance(rename, Mapping) else {} if rename is None else {repr(rename): ""}
+    strange = [n for n in renamed if n not in known]
+    if strange:
+        raise CandidateError(f"{name}: rename has {strange[0]!r}, which is no operand or parameter of {variant.name}; known are {', '.join(known)}")
+    unknown = [o for o in outputs if o not in [x.name for x in variant.outputs]]
+    if unknown:
+        raise CandidateError(f"{name} is said to return {unknown[0]!r}; {variant.name} returns {', '.join(o.name for o in variant.outputs)}")
+    return _wrapped(function, name, variant, framework, renamed, outputs)
+
+
+def _wrapped(function: Any, name: str, variant: Variant, framework: str | None, rename: Mapping[str, str], returns: tuple[str, ...]) -> Candidate:
+    convert = adapters.converter(framework or "numpy")
+    required = [o.name for o in variant.operands if not o.optional]
+    optional = [o.name for o in variant.operands if o.optional]
+    takes, needs = _keywords(function, len(required))
+    taken = {n for n in [*optional, *(p.name for p in variant.params)] if takes(rename.get(n, n))}
+    defaults = {p.name: p for p in variant.params}
+
+    def call(operands: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> Any:
+        positional = [convert(operands[n]) for n in required]
+        keywords = {rename.get(n, n): convert(operands[n]) for n in optional if n in operands}
+        for n, value in params.items():
+            spelled = rename.get(n, n)
+            if value is not None:
+                keywords[spelled] = value
+            elif spelled in needs:  # it cannot leave the value to a default of its own
+                keywords[spelled] = defaults[n].encode(None, _dims(variant, operands))
+        return function(*positional, **keywords)
+
+    operands, params = frozenset([*required, *taken & set(optional)]), frozenset(taken - set(optional))
+    return Candidate(name, call, operands, params, returns, variant=variant.name, words=False)
+
+
+def _dims(variant: Variant, operands: Mapping[str, np.ndarray]) -> dict[str, int]:
+    known = [o for o in variant.operands if o.name in operands and not o.broadcast]
+    return {axis: n for o in known for axis, n in zip(o.axes.split(), operands[o.name].shape, strict=True)}
+
+
+def _keywords(function: Any, positional: int) -> tuple[Callable[[str], bool], frozenset[str]]:
+    """Whether the function takes a keyword, and the keywords it has no default for."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a builtin that tells nothing: it is given its operands only
+        return (lambda name: False), frozenset()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return (lambda name: True), frozenset()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    free = [p for n, p in enumerate(named) if n >= positional or p.kind is p.KEYWORD_ONLY]
+    return (lambda name: any(p.name == name for p in free)), frozenset(p.name for p in free if p.default is p.empty)
+
+
+def _located(target: str) -> Any:
+    place, _, attribute = target.rpartition(":")
+    module = _from_file(Path(place), target) if place.endswith(".py") else _from_name(place, target)
+    try:
+        return functools.reduce(getattr, attribute.split("."), module)
+    except AttributeError:
+        there = ", ".join(sorted(n for n, x in vars(module).items() if inspect.isfunction(x) and not n.startswith("_")))
+        raise CandidateError(f"{target}: {place} has no {attribute!r}; its functions are {there or 'none'}") from None
+
+
+def _from_file(path: Path, target: str) -> Any:
+    if not path.is_file():
+        raise CandidateError(f"{target}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:
+        raise CandidateError(f"{target}: {path} could not be run: {type(problem).__name__}: {problem}") from problem
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _from_name(name: str, target: str) -> Any:
+    sys.path.insert(0, "")
+    try:
+        return importlib.import_module(name)
+    except Exception as problem:
+        raise CandidateError(f"{target}: module {name} could not be imported: {type(problem).__name__}: {problem}") from problem
+    finally:
+        sys.path.pop(0)
+
+
+def _name(function: Any) -> str:
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{module}.{name}" if module and module != "__main__" else name

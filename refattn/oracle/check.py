@@ -1,0 +1,123 @@
+"""Runs a suite and puts the report together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from .. import catalog, precision
+from ..errors import CandidateError, OperandError, ParameterError
+from ..problem import bind, spelled, swap_layout
+from ..spec import Integer, Variant, shape
+from . import candidates, probes, profiles
+from .judge import Case, Malformed, checked, compare, judge
+from .localise import localise
+from .probes import Probe
+from .report import Report
+from .tolerance import ALPHA
+
+
+def check(
+    target: Any,
+    variant: Variant | None,
+    dtype: Any,
+    params: Mapping[str, Any],
+    *,
+    suite: str = "standard",
+    framework: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    returns: str | Sequence[str] | None = None,
+    profile: str | profiles.Profile | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+) -> Report:
+    """See `refattn.check`."""
+    default = variant if variant is not None else catalog.variant("softmax")
+    candidate = candidates.candidate(target, default, framework, rename, returns)
+    judged = variant if variant is not None else catalog.variant(candidate.variant)
+    if candidate.variant != judged.name:
+        raise CandidateError(f"{candidate.name} computes {candidate.variant}, not {judged.name}")
+    storage = precision.as_dtype(dtype)
+    if not Integer().accepts(seed):
+        raise ParameterError(f"{judged.name}: seed={seed!r}; must be {Integer().rule}")
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise OperandError(f"{judged.name}: inputs is a {type(inputs).__name__}; must map operand names to arrays")
+    fixed = {**candidate.fixed, **params}
+    _check_params(judged, fixed)
+    how = profiles.resolve(profile or candidate.profile or None, storage)
+    asked = (
+        probes.suite(suite, judged, candidate, storage, fixed, seed)
+        if inputs is None
+        else probes.on_inputs(judged, candidate, storage, fixed, inputs)
+    )
+    alpha = ALPHA / max(1, len(asked.probes))
+    cases = tuple(judge(judged, candidate, probe, how, alpha) for probe in _progress(asked.probes, f"asking {candidate.name}"))
+    if all(c.outcome == "declined" for c in cases):
+        reasons = "; ".join(dict.fromkeys(c.reason for c in cases)) or "there is nothing to ask"
+        raise CandidateError(f"{candidate.name} could not be asked a single call of {judged.name} in {storage.name}: {reasons}")
+    return Report(
+        candidate=candidate.name,
+        variant=judged,
+        dtype=storage.name,
+        profile=how,
+        cases=cases,
+        unexamined=asked.unexamined,
+        finding=localise(cases),
+        params=params,
+        suite="" if inputs is not None else suite,
+        target=target if isinstance(target, str) else "",
+    )
+
+
+def compare_arrays(
+    answers: Any,
+    variant: Variant,
+    operands: Sequence[Any],
+    keywords: Mapping[str, Any],
+    *,
+    returns: str | Sequence[str] | None = None,
+    layout: str = "BHTD",
+    profile: str | profiles.Profile | None = None,
+) -> Report:
+    """See `refattn.compare`."""
+    problem = bind(variant, operands, keywords, returns, layout)
+    given = tuple(answers) if isinstance(answers, tuple | list) else (answers,)
+    if len(given) != len(problem.returns):
+        raise CandidateError(f"{variant.name}: {len(given)} arrays for {len(problem.returns)} outputs ({', '.join(problem.returns)})")
+    outputs = {name: _in_bhtd(problem, name, x) for name, x in zip(problem.returns, given, strict=True)}
+    how = profiles.resolve(profile, problem.dtype)
+    probe = Probe("the given arrays", problem.given, problem.params, ("given operands",))
+    cases: tuple[Case, ...] = (compare(problem, outputs, probe, how, ALPHA),)
+    return Report("the given output", variant, problem.dtype.name, how, cases, finding=localise(cases), params=keywords)
+
+
+def _in_bhtd(problem: Any, name: str, x: Any) -> np.ndarray:
+    axes = next(o.axes for o in problem.variant.outputs if o.name == name)
+    try:
+        return (
+            swap_layout(axes, checked(problem, name, x, spelled(axes, problem.layout)))
+            if problem.layout == "BTHD"
+            else checked(problem, name, x, axes)
+        )
+    except Malformed as complaint:
+        raise CandidateError(f"{problem.variant.name}: {complaint}") from complaint
+
+
+def _check_params(variant: Variant, params: Mapping[str, Any]) -> None:
+    """Refuse parameters before any call is made: bind them to the smallest problem there is."""
+    dims = dict.fromkeys(variant.axes, 1)
+    operands = {o.name: np.ones(shape(o.axes, dims)) for o in variant.operands if not o.optional}
+    bind(variant, (), {**operands, **params})
+
+
+def _progress(items: Sequence[Probe], text: str) -> Iterator[Probe]:
+    console = Console(stderr=True)
+    if not sys.stderr.isatty():
+        return iter(items)
+    tracked: Iterable[Probe] = track(items, text, console=console, transient=True)
+    return iter(tracked)

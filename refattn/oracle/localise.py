@@ -1,0 +1,147 @@
+"""What failing rows have in common: the shortest statement about rows that separates those that fail from those that do not.
+
+A row is one query of one head in one call.  Statements are thresholds, residues and equalities over a few facts about rows: where they are,
+how much they see, where their largest weight lies.  They are scored by how well they tell failing from passing rows over all calls; ties
+go to the simpler one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .judge import Case
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A statement about rows: it holds for `both` of `failing` failing rows and, of all rows, for `holding`."""
+
+    text: str
+    failing: int
+    both: int
+    holding: int
+
+    @property
+    def score(self) -> float:
+        """Harmonic mean of the share of failing rows it covers and the share of its rows that fail."""
+        return 2 * self.both / (self.failing + self.holding) if self.failing + self.holding else 0.0
+
+    def __str__(self) -> str:
+        covered = "every failing row" if self.both == self.failing else f"{self.both} of {self.failing} failing rows"
+        others = self.holding - self.both
+        rest = "no passing row does" if others == 0 else f"{others} passing row{'s do' if others > 1 else ' does'} too"
+        return f"{covered} {self.text}; {rest}"
+
+
+#: Facts about rows: what a row does when the fact is at least, below, or equal to a number; and the fact's name for remainders.
+_PHRASES = {
+    "query": ("is query {} or a later one", "is a query before {}", "is query {}", "query index"),
+    "from the end": ("is {} or more queries before the last", "is fewer than {} queries before the last", "is {} queries before the last", ""),
+    "head": ("is of query head {} or a later one", "is of a query head before {}", "is of query head {}", "query head"),
+    "kv head": ("reads key-value head {} or a later one", "reads a key-value head before {}", "reads key-value head {}", ""),
+    "batch": ("is of batch {} or a later one", "is of a batch before {}", "is of batch {}", ""),
+    "visible keys": ("sees {} keys or more", "sees fewer than {} keys", "sees {} keys", "number of visible keys"),
+    "largest weight": (
+        "has its largest weight at key {} or later",
+        "has its largest weight before key {}",
+        "has its largest weight at key {}",
+        "key of the largest weight",
+    ),
+    "last visible key": ("sees key {} or later ones", "sees no key from {} on", "sees key {} as its last", "last visible key"),
+    "first visible key": ("sees no key before {}", "sees a key before {}", "sees key {} as its first", "first visible key"),
+    "keys": ("is in a call of {} keys or more", "is in a call of fewer than {} keys", "is in a call of {} keys", "number of keys"),
+    "queries": ("is in a call of {} queries or more", "is in a call of fewer than {} queries", "is in a call of {} queries", "number of queries"),
+    "longer": ("is in a call with S - T at least {}", "is in a call with S - T below {}", "is in a call with S - T = {}", ""),
+}
+_MODULI = (2, 4, 8, 16, 32, 64)
+
+
+def localise(cases: Sequence[Case]) -> Finding | None:
+    """The best statement about failing rows, or None where no call differs or nothing tells them apart."""
+    judged = [c for c in cases if c.outcome in ("agrees", "differs") and c.probe.decides and c.ratios]
+    tables = [t for t in (_rows(c) for c in judged) if t is not None]
+    if not tables or not any(t["fails"].any() for t in tables):
+        return None
+    shared = set.intersection(*(set(t) for t in tables))
+    rows = {name: np.concatenate([t[name] for t in tables]) for name in shared}
+    fails = rows.pop("fails")
+    if fails.all():
+        return Finding("is a row of a judged call", len(fails), len(fails), len(fails))
+    best: Finding | None = None
+    for text, holds in _statements(rows, fails):
+        found = Finding(text, int(fails.sum()), int((fails & holds).sum()), int(holds.sum()))
+        if best is None or found.score > best.score + 0.005:  # statements come simplest first
+            best = found
+    return best if best is not None and best.score >= 0.8 else None
+
+
+def channels(case: Case) -> str:
+    """Which channels of the failing rows fail, where it is not all of them."""
+    ratios = case.ratios.get("out")
+    if ratios is None or ratios.ndim < 2 or not ratios.size:
+        return ""
+    failing = np.flatnonzero((ratios > 1).any(axis=tuple(range(ratios.ndim - 1))))
+    if not len(failing) or len(failing) > 0.75 * ratios.shape[-1]:
+        return ""
+    run = f"{failing[0]} to {failing[-1]}" if len(failing) == failing[-1] - failing[0] + 1 and len(failing) > 1 else ", ".join(map(str, failing[:8]))
+    return f"only channels {run} of {ratios.shape[-1]} differ"
+
+
+def _rows(case: Case) -> dict[str, np.ndarray] | None:
+    ratios = next(iter(case.ratios.values()))
+    if case.problem is None or ratios.ndim not in (3, 4) or not ratios.size:
+        return None
+    failing: np.ndarray = np.asarray((ratios > 1).any(axis=-1) if "out" in case.ratios else ratios > 1)
+    if failing.ndim == 2:
+        failing = failing[:, None]
+    batch, heads, n_q = failing.shape
+    dims = case.problem.dims
+    n_k = dims.get("S", n_q)
+    b, h, i = np.indices(failing.shape)
+    table = {
+        "fails": failing,
+        "query": i,
+        "from the end": n_q - 1 - i,
+        "head": h,
+        "kv head": h // max(1, heads // dims.get("Hkv", heads)),
+        "batch": b,
+        "keys": np.full_like(i, n_k),
+        "queries": np.full_like(i, n_q),
+        "longer": np.full_like(i, n_k - n_q),
+    }
+    weights = case.truth.get("weights")
+    if weights is not None and weights.size == failing.size * n_k:  # not where rows mix heads, after an output projection
+        weights = weights.reshape(batch, heads, n_q, n_k) if n_k else np.zeros((batch, heads, n_q, 1))
+        seen = weights > 0
+        table["visible keys"] = seen.sum(-1)
+        table["largest weight"] = np.where(seen.any(-1), np.argmax(np.nan_to_num(weights), -1), -1)
+        table["first visible key"] = np.where(seen.any(-1), np.argmax(seen, -1), -1)
+        table["last visible key"] = np.where(seen.any(-1), seen.shape[-1] - 1 - np.argmax(seen[..., ::-1], -1), -1)
+    return {name: x.reshape(-1) for name, x in table.items()}
+
+
+def _statements(rows: dict[str, np.ndarray], fails: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Statements and the rows they hold for, simplest first."""
+    named = [(phrases, rows[name]) for name, phrases in _PHRASES.items() if name in rows]
+    for (at_least, below, _, _), x in named:
+        for n in _edges(x, fails):
+            yield at_least.format(n), x >= n
+            yield below.format(n), x < n
+    for (_, _, equal, _), x in named:
+        for n in np.unique(x[fails])[:64]:
+            yield equal.format(n), x == n
+    for (_, _, _, fact), x in named:
+        for m in _MODULI if fact else ():
+            yield f"has a {fact} that is no multiple of {m}", x % m != 0
+            for r in np.unique(x[fails] % m)[:2]:
+                yield f"has a {fact} of {r} modulo {m}", x % m == r
+
+
+def _edges(x: np.ndarray, fails: np.ndarray) -> list[int]:
+    """Thresholds at which failing rows begin or end."""
+    inside = x[fails]
+    values = {int(inside.min()), int(inside.max()) + 1, *(int(n) for n in np.percentile(inside, (1, 5, 95, 99)))}
+    return sorted(values)

@@ -1,0 +1,284 @@
+"""Which calls to ask: shapes where implementations differ, values that excite what is otherwise invisible, parameters one by one and together.
+
+A probe is one call.  A suite is a list of them, made from the variant's declarations and from what the candidate says it takes; what it
+cannot be asked is listed too, because a pass means nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .. import definition, precision
+from ..candidate import Candidate
+from ..catalog import unknown
+from ..errors import ParameterError, UnknownVariantError
+from ..problem import bind
+from ..spec import Dims, Variant, shape
+
+SUITES = ("quick", "standard", "full")
+
+#: Poison for what must not be read: larger than anything that may be, small enough that no score overflows in float16.
+_HIDDEN_KEY, _HIDDEN_VALUE = 700.0, 30000.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One call.
+
+    Attributes
+    ----------
+    title : str
+        What it is for.
+    operands : mapping of str to ndarray
+        BHTD, in the dtype under test.
+    params : mapping
+        Values of parameters, those left out at their default.
+    examines : tuple of str
+        Features the verdict of this call speaks about.
+    decides : bool
+        Whether disagreement is a failure, or an observation (`note` says what it means).
+    """
+
+    title: str
+    operands: Mapping[str, np.ndarray]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    examines: tuple[str, ...] = ()
+    decides: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Probes, and features that could not be probed with the reason."""
+
+    probes: tuple[Probe, ...]
+    unexamined: Mapping[str, str]
+
+
+def suite(name: str, variant: Variant, candidate: Candidate, dtype: np.dtype, fixed: Mapping[str, Any], seed: int = 0) -> Suite:
+    """The calls of a suite.
+
+    Parameters
+    ----------
+    name : {"quick", "standard", "full"}
+        quick: each shape and each feature once; standard: features on a ladder of shapes; full: three draws, and long sequences.
+    variant : Variant
+    candidate : Candidate
+    dtype : dtype
+        Of the real operands.
+    fixed : mapping
+        Parameters that keep one value throughout.
+    """
+    if name not in SUITES:
+        raise UnknownVariantError(unknown("suite", name, SUITES))
+    rounds = 3 if name == "full" else 1
+    maker = _Maker(variant, candidate, dtype, dict(fixed))
+    probes = [p for r in range(rounds) for p in maker.probes(name, np.random.default_rng(seed + r))]
+    return Suite(tuple(probes), maker.unexamined)
+
+
+def on_inputs(variant: Variant, candidate: Candidate, dtype: np.dtype, fixed: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> Suite:
+    """Calls on given operands: as they are, then with every parameter that the candidate takes at each of its other values."""
+    names = [o.name for o in variant.operands]
+    for name in inputs:
+        if name not in names:
+            raise ParameterError(f"{variant.name}: {unknown('operand', name, names)}")
+    maker = _Maker(variant, candidate, dtype, dict(fixed))
+    kinds = {o.name: o.kind for o in variant.operands}
+    operands = {n: precision.round_to(np.asarray(x, np.float64), dtype) if kinds[n] == "real" else np.asarray(x) for n, x in inputs.items()}
+    probes = [Probe("the given operands", operands, maker.params({}), ("given operands",))]
+    for title, params in maker.settings():
+        probes.append(Probe(f"the given operands, {title}", operands, maker.params(params), ("given operands", *params)))
+    return Suite(tuple(probes), maker.unexamined)
+
+
+#: Sizes that differ along every axis, none a power of two but where it must be.
+_BASE: Dims = {"B": 2, "Hq": 4, "Hkv": 2, "T": 24, "S": 40, "D": 12, "E": 12, "Dq": 12, "Dk": 10, "A": 9, "M": 22}
+
+#: (why, sizes): what the quick suite asks.
+_SHAPES: tuple[tuple[str, Dims], ...] = (
+    ("fewer queries than keys", {}),
+    ("values wider than keys", {"E": 20}),
+    ("more queries than keys", {"T": 41, "S": 23, "D": 16, "E": 16}),
+    ("square, odd lengths", {"B": 1, "Hq": 3, "Hkv": 3, "T": 131, "S": 131, "D": 20, "E": 20}),
+    ("one query, one key-value head", {"B": 1, "Hq": 7, "Hkv": 1, "T": 1, "S": 65, "D": 16, "E": 16}),
+    ("one key", {"T": 3, "S": 1}),
+    ("no keys", {"T": 3, "S": 0}),
+    ("no queries", {"T": 0, "S": 5}),
+)
+
+#: Lengths around the edges of tiles and vectors, for the longer suites.
+_LADDER: tuple[Dims, ...] = (
+    *({"B": 1, "Hq": 2, "Hkv": 1, "T": n, "S": n, "D": 8, "E": 8} for n in (1, 2, 15, 16, 17, 31, 33, 63, 65, 127, 129)),
+    {"T": 7, "S": 64, "D": 32, "E": 32},
+    {"T": 64, "S": 7, "D": 32, "E": 32},
+    {"B": 3, "Hq": 7, "Hkv": 1, "T": 9, "S": 33, "D": 40, "E": 40},
+    {"B": 1, "Hq": 14, "Hkv": 2, "T": 19, "S": 50, "D": 72, "E": 72},
+    {"B": 1, "Hq": 1, "Hkv": 1, "T": 33, "S": 70, "D": 1, "E": 1},
+    {"B": 1, "Hq": 2, "Hkv": 2, "T": 33, "S": 70, "D": 64, "E": 128},
+    {"B": 1, "Hq": 2, "Hkv": 2, "T": 33, "S": 70, "D": 128, "E": 64},
+    {"B": 0, "T": 3, "S": 4},
+)
+_LONG: tuple[Dims, ...] = (
+    {"B": 1, "Hq": 1, "Hkv": 1, "T": 65, "S": 4100, "D": 64, "E": 64},
+    {"B": 1, "Hq": 2, "Hkv": 1, "T": 1030, "S": 1030, "D": 64, "E": 64},
+)
+
+
+class _Maker:
+    """Makes probes for one variant and candidate."""
+
+    def __init__(self, variant: Variant, candidate: Candidate, dtype: np.dtype, fixed: dict[str, Any]) -> None:
+        self.variant, self.candidate, self.dtype, self.fixed = variant, candidate, dtype, fixed
+        self.optional = [o for o in variant.operands if o.optional and o.name in candidate.operands]
+        self.unexamined = {o.name: "takes no such operand" for o in variant.operands if o.optional and o not in self.optional}
+        free = [p for p in variant.params if p.tries and p.name not in fixed]
+        self.unexamined |= {p.name: "takes no such parameter" for p in free if p.name not in candidate.params}
+        self.tries = {p.name: tuple(v for v in p.tries if candidate.words or not isinstance(v, str)) for p in free if p.name in candidate.params}
+        words = [f"{p.name}={v!r}" for p in free for v in p.tries if v not in self.tries.get(p.name, p.tries)]
+        self.unexamined |= dict.fromkeys(words, "a value that may mean nothing to it; set it to ask")
+
+    # ---- values ----------------------------------------------------------------------------------------------------------------
+
+    def params(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self.candidate.fixed, **self.fixed, **chosen}
+
+    def settings(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every other value of every parameter the candidate takes, one at a time."""
+        for name, values in self.tries.items():
+            for value in values:
+                yield f"{name}={value!r}", {name: value}
+
+    def together(self) -> dict[str, Any]:
+        """The first other value of every parameter at once."""
+        return {name: values[0] for name, values in self.tries.items() if values}
+
+    def dims(self, sizes: Dims) -> dict[str, int]:
+        dims = {**_BASE, **sizes}
+        if not any("S" in o.axes.split() for o in self.variant.operands):
+            dims["T"] = max(dims["T"], dims["S"])  # a variant of one sequence
+        return dims
+
+    def operands(self, rng: np.random.Generator, sizes: Dims, optional: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+        dims = self.dims(sizes)
+        drawn = {}
+        for o in self.variant.operands:
+            if o.optional and o.name not in optional:
+                continue
+            full = shape(o.axes, dims)
+            if o.kind == "boolean":
+                drawn[o.name] = _mask(rng, full)
+            elif o.kind == "number":
+                drawn[o.name] = _mask(rng, full).astype(self.dtype)
+            else:
+                drawn[o.name] = precision.round_to(o.draw(rng, full), self.dtype)
+        return drawn
+
+    def spread(self, operands: dict[str, np.ndarray], factor: float = 6.0) -> dict[str, np.ndarray]:
+        """The first operand larger, so that scores spread and a few keys dominate each row."""
+        first = next(iter(operands))
+        return {**operands, first: (operands[first].astype(np.float64) * factor).astype(self.dtype)}
+
+    # ---- probes ------------------------------------------------------------------------------------------------------------------
+
+    def probes(self, suite: str, rng: np.random.Generator) -> Iterator[Probe]:
+        together, settings = self.together(), list(self.settings())
+        first = self.operands(rng, {})
+        for why, sizes in _SHAPES:
+            operands = self.operands(rng, sizes) if sizes else first
+            yield Probe(why, operands, self.params({}), ("shapes",))
+        yield Probe("scores spread out", self.spread(self.operands(rng, {"T": 33, "S": 70})), self.params({}), ("large scores",))
+        for title, chosen in settings:
+            yield Probe(title, self.spread(self.operands(rng, {}), 2.0), self.params(chosen), tuple(chosen))
+        for o in self.optional:
+            yield Probe(f"with {o.name}", self.operands(rng, {}, (o.name,)), self.params({}), (o.name,))
+        if together or self.optional:
+            everything = self.operands(rng, {"T": 37, "S": 53}, tuple(o.name for o in self.optional))
+            yield Probe("everything at once", self.spread(everything, 3.0), self.params(together), (*together, *(o.name for o in self.optional)))
+        yield Probe("strided operands", {n: _strided(x) for n, x in first.items()}, self.params({}), ("strided operands",))
+        yield from self.poisoned(rng)
+        if suite != "quick":
+            for n, sizes in enumerate((*_LADDER, *(_LONG if suite == "full" else ()))):
+                title, chosen = settings[n % len(settings)] if settings else ("", {})
+                yield Probe(_spelled(sizes), self.operands(rng, sizes), self.params({}), ("shapes",))
+                if chosen:
+                    yield Probe(f"{_spelled(sizes)}, {title}", self.spread(self.operands(rng, sizes), 2.0), self.params(chosen), ("shapes", *chosen))
+            for title, chosen in settings:
+                for why, sizes in _SHAPES[1:5]:
+                    yield Probe(f"{title}, {why}", self.spread(self.operands(rng, sizes), 2.0), self.params(chosen), tuple(chosen))
+            for o in self.optional:
+                for title, chosen in settings:
+                    operands = self.operands(rng, {"T": 30, "S": 45}, (o.name,))
+                    yield Probe(f"{title} with {o.name}", operands, self.params(chosen), (*chosen, o.name))
+        yield Probe("the first call again", first, self.params({}), ("state kept between calls",))
+
+    def poisoned(self, rng: np.random.Generator) -> Iterator[Probe]:
+        """Large numbers, then NaN, in keys and values that no query sees."""
+        found = self._with_hidden_keys(rng)
+        if found is None:
+            self.unexamined["hidden keys"] = "no mask, window or alignment to hide keys with"
+            return
+        operands, params, hidden, names = found
+        large, nan = dict(operands), dict(operands)
+        for name, value in zip(names, (_HIDDEN_KEY, _HIDDEN_VALUE), strict=True):
+            for poisoned, fill in ((large, value), (nan, np.nan)):
+                x = operands[name].copy()
+                x[hidden] = fill
+                poisoned[name] = x
+        yield Probe("large numbers where hidden", large, params, ("hidden keys",))
+        note = "NaN in a hidden key or value reaches the output: hidden entries are multiplied by zero, not skipped"
+        yield Probe("NaN where hidden", nan, params, ("hidden keys",), decides=False, note=note)
+
+    def _with_hidden_keys(self, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], dict[str, Any], Any, tuple[str, str]] | None:
+        """Operands and parameters under which some keys are seen by no query, and where they are."""
+        if self.variant.plan is None:
+            return None
+        takes_mask = "mask" in {o.name for o in self.optional}
+        ways: list[tuple[dict[str, Any], bool]] = [(c, False) for _, c in self.settings()] + ([({}, True)] if takes_mask else [])
+        if self.fixed:
+            ways.insert(0, ({}, False))
+        for chosen, masked in reversed(ways):
+            operands = self.operands(rng, {"T": 9, "S": 40}, ("mask",) if masked else ())
+            if masked:
+                operands["mask"][..., 25:] = False
+            problem = bind(self.variant, (), {**operands, **self.params(chosen)})
+            truth = definition.run(problem)
+            if "scores" not in truth:
+                return None
+            plan = self.variant.plan(problem.dims, problem.params)
+            if not {plan.key, plan.value} <= operands.keys() or plan.key == plan.value or plan.fill > -np.inf:
+                return None
+            scores = truth["scores"]
+            hidden = np.isneginf(scores).all(axis=-2)  # (B, Hq, S) or (B, S)
+            if hidden.ndim == 3:
+                hidden = hidden.reshape(hidden.shape[0], operands[plan.key].shape[1], -1, hidden.shape[-1]).all(axis=2)
+            if hidden.any():
+                return operands, self.params(chosen), hidden, (plan.key, plan.value)
+        return None
+
+
+def _mask(rng: np.random.Generator, full: tuple[int, ...]) -> np.ndarray:
+    """Random, with every query seeing at least one key: what a row that sees nothing returns is a convention, asked elsewhere."""
+    mask = rng.random(full) < 0.6
+    if full and full[-1]:
+        mask[..., 0] = True
+    return mask
+
+
+def _strided(x: np.ndarray) -> np.ndarray:
+    """The same values at other strides: heads and sequence swapped in memory, or every other element of a longer array."""
+    if x.ndim == 4 and x.dtype != np.bool_:
+        return np.ascontiguousarray(np.swapaxes(x, 1, 2)).swapaxes(1, 2)
+    wide = np.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype) if x.ndim else x
+    if x.ndim:
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    return x
+
+
+def _spelled(sizes: Dims) -> str:
+    return " ".join(f"{axis}={n}" for axis, n in sizes.items() if axis not in ("B", "Hkv") or n == 0)

@@ -1,0 +1,64 @@
+"""How far a correct answer may be from the exact one, element by element, for given operands and a given way of computing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .. import precision
+from ..problem import Problem, output_dtype
+from .bounds import spread
+from .bounds.perturbed import perturbed
+from .bounds.products import products
+from .bounds.scored import Scored
+from .profiles import Profile
+
+#: Chance that a correct implementation is refused in one call.
+ALPHA = 1e-3
+
+
+def tolerances(
+    problem: Problem,
+    truth: Mapping[str, np.ndarray],
+    profile: Profile,
+    alpha: float = ALPHA,
+    dtypes: Mapping[str, np.dtype] | None = None,
+) -> dict[str, np.ndarray]:
+    """Largest error of a correct answer, for every output the problem returns.
+
+    Parameters
+    ----------
+    problem : Problem
+    truth : mapping of str to ndarray
+        All outputs of the definition, float64.
+    profile : Profile
+    alpha : float
+        Chance of a false alarm in this call.
+    dtypes : mapping, optional
+        What each output is stored in; what the caller's dtype implies unless said.
+
+    Returns
+    -------
+    dict of str to ndarray
+        float64, in the shape of each output (BHTD), positive everywhere.
+    """
+    variant = problem.variant
+    lam = spread(sum(truth[name].size for name in problem.returns), alpha)
+    if variant.plan is not None:
+        bounds = Scored(problem, truth, variant.plan(problem.dims, problem.params), profile, lam).bounds()
+    elif variant.family in ("feature", "state"):
+        bounds = products(problem, dict(truth), profile, lam)
+    else:
+        bounds = perturbed(problem, dict(truth), profile, lam)
+    own = 2.0 if profile.accumulate <= np.finfo(np.float64).eps else 1.0  # against a float64 answer, ours is no more exact than theirs
+    stored = {name: (dtypes or {}).get(name, output_dtype(problem, name)) for name in problem.returns}
+    return {name: _stored(own * bounds[name].reshape(truth[name].shape), truth[name], stored[name]) for name in problem.returns}
+
+
+def _stored(bound: np.ndarray, exact: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Error after the result is rounded into its format."""
+    target = precision.format_of(dtype)
+    magnitude = np.where(np.isfinite(exact), np.abs(exact), 0.0)
+    bound = np.where(np.isnan(bound), np.inf, bound)
+    return bound + target.unit * (magnitude + bound) + target.tiny
