@@ -93,7 +93,7 @@ def index(found: Iterable[Variant]) -> str:
         families.setdefault(variant.family, []).append(variant)
     sections = ["# Variants", "Every page is generated from the one file that defines the variant."]
     for family, members in sorted(families.items()):
-        rows = ((f"[{v.name}]({v.name}.md)", cell(v.summary), cell(f"{surname(v)} {v.paper.year}")) for v in members)
+        rows = ((f"[{v.name}]({v.name}.md)", cell(v.summary), cell(f"{surname(v)} {v.paper.date}")) for v in members)
         sections += [f"## {family}", table(("name", "what it is", "from"), rows)]
     names = sorted(v.name for members in families.values() for v in members)
     sections.append(code("\n".join((":hidden:", "", *names)), "{toctree}"))
@@ -128,7 +128,7 @@ def paper_line(variant: Variant) -> str:
     places += [f"<{paper.url}>"] if paper.url else []
     places += [prose(paper.where)] if paper.where else []
     authors = ", ".join(" ".join(reversed(name.split(", "))) for name in paper.authors)
-    return f"Paper: {prose(authors)}, *{prose(paper.title)}*, {paper.year}" + "".join(f", {place}" for place in places) + "."
+    return f"Paper: {prose(authors)}, *{prose(paper.title)}*, {paper.date}" + "".join(f", {place}" for place in places) + "."
 
 
 def surname(variant: Variant) -> str:

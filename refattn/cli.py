@@ -49,7 +49,7 @@ def list_variants(family: Annotated[str | None, typer.Option(help="Only this fam
         table.add_column(column, no_wrap=column != "summary")
     for name in catalog.names(family):
         v = catalog.variant(name)
-        table.add_row(v.name, v.family, str(v.paper.year), v.summary)
+        table.add_row(v.name, v.family, v.paper.date, v.summary)
     screen.print(table)
 
 
@@ -57,9 +57,9 @@ def list_variants(family: Annotated[str | None, typer.Option(help="Only this fam
 def show(variant: _Variant) -> None:
     """Show a variant: equation, operands, parameters, cost, and its documentation page."""
     found = api.describe(variant)
-    screen.print(str(found), markup=False, highlight=False)
+    screen.print(str(found), markup=False, highlight=False, soft_wrap=True)
     screen.print()
-    screen.print(found.text, markup=False, highlight=False)
+    screen.print(found.text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

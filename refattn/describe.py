@@ -47,7 +47,7 @@ class Description:
         paper = self.paper
         where = f", {paper.where}" if paper.where else ""
         place = f", arXiv:{paper.arxiv}" if paper.arxiv else f", {paper.doi or paper.url}" if paper.doi or paper.url else ""
-        lines = [f"{self.name} ({self.family}): {self.summary}", "", f"    {self.equation}", "", f"{paper.title} ({paper.year}){place}{where}", ""]
+        lines = [f"{self.name} ({self.family}): {self.summary}", "", f"    {self.equation}", "", f"{paper.title} ({paper.date}){place}{where}", ""]
         lines += _table("operands", [(o.name, f"[{o.axes}]", o.meaning + (", optional" if o.optional else "")) for o in self.operands])
         lines += _table("outputs", [(o.name, f"[{o.axes}]", o.meaning) for o in self.outputs])
         lines += _table("parameters", [(p.name, f"= {p.default!r}", f"{p.meaning}; {p.kind.rule}") for p in self.params])
@@ -79,8 +79,8 @@ def bibtex(paper: Paper) -> str:
     """The paper as a BibTeX entry."""
     family = paper.authors[0].split(",")[0] if paper.authors else "anonymous"
     word = next((w for w in paper.title.split() if len(w) > 3), "paper")
-    key = "".join(c for c in f"{family}{paper.year}{word}".lower() if c.isalnum())
-    fields = {"title": f"{{{paper.title}}}", "author": " and ".join(paper.authors), "year": str(paper.year)}
+    key = "".join(c for c in f"{family}{paper.date}{word}".lower() if c.isalnum())
+    fields = {"title": f"{{{paper.title}}}", "author": " and ".join(paper.authors), "year": str(paper.year or "")}
     if paper.arxiv:
         fields |= {"eprint": paper.arxiv, "archivePrefix": "arXiv"}
     fields |= {name: value for name, value in (("doi", paper.doi), ("url", paper.url)) if value}

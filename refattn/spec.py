@@ -47,11 +47,15 @@ class Paper:
 
     title: str
     authors: tuple[str, ...]
-    year: int
+    year: int | None = None
     arxiv: str = ""
     doi: str = ""
     url: str = ""
     where: str = ""  # section, equation or algorithm
+
+    @property
+    def date(self) -> str:
+        return "undated" if self.year is None else str(self.year)
 
 
 # ---- operands and outputs ----------------------------------------------------------------------------------------------------

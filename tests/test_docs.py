@@ -114,7 +114,7 @@ def test_a_page_tells_all_that_its_variant_declares(name, pages):
     source = Path(catalog.module(variant).__file__).read_text(encoding="utf-8")
     body = source[source.index("def define(") :].split("\n\n\n")[0]
     assert body in text
-    for told in (variant.equation, variant.cost.flops, variant.cost.memory, str(variant.paper.year)):
+    for told in (variant.equation, variant.cost.flops, variant.cost.memory, variant.paper.date):
         assert told in text
     assert text.count("ra.attend(") >= len(variant.examples)
 

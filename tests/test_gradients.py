@@ -209,6 +209,13 @@ def test_what_is_hidden_or_infinite_has_gradient_zero_and_leaks_no_nan():
         assert np.any(gradient[:, :, 0]) and np.any(gradient[:, :, 3:])
 
 
+def test_a_gradient_below_the_rounding_of_the_outputs_is_within_its_estimate():
+    q, k, v = np.ones((1, 1, 1, 1)), np.array([0.0, -70.0]).reshape(1, 1, 2, 1), np.ones((1, 1, 2, 1))
+    found = ra.gradients("softmax", q, k, v, d_out=np.ones((1, 1, 1, 1)))
+    off = np.abs(found.d_v - ra.attention(q, k, v, returns="weights").reshape(v.shape))
+    assert off[0, 0, 1, 0] > 0.0 and np.all(off <= found.errors["d_v"]) and np.all(found.errors["d_v"] < 1e-12)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_gradients_come_back_in_each_operands_dtype_and_shape(dtype):
     exact = softmax_call(np.random.default_rng(5))

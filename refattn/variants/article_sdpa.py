@@ -106,7 +106,6 @@ VARIANT = Variant(
     paper=Paper(
         title="Extending the attention mechanism in large language models (in Chinese)",
         authors=("Anonymous",),
-        year=2023,
         where="section 4, the class Attention",
     ),
     operands=(

@@ -9,7 +9,7 @@ no head, no projection, no scale and no mask.  A zero vector has no direction: i
 Lengths are square roots of sums of squares in float64, so elements outside 1e-154 to 1e154 are beyond this definition.
 
 The source is an undated article in Chinese on extending attention in large language models.  Its text names no author and carries no
-title of its own; the title cited here renders its stated subject, 如何在大规模语言模型中扩展注意力机制, and the year is a placeholder.
+title of its own; the title cited here renders its stated subject, 如何在大规模语言模型中扩展注意力机制, and it bears no date.
 Its prose lets a token attend to the *other* positions, its formula sums over all of them; the formula is what is defined here.
 Attention by cosine with learned projections and a learned scale is Henry et al., "Query-Key Normalization for Transformers",
 arXiv:2010.04245.
@@ -84,7 +84,6 @@ VARIANT = Variant(
     paper=Paper(
         title="Extending the attention mechanism in large language models (in Chinese)",
         authors=("Anonymous",),
-        year=2023,
         where="section 3.3",
     ),
     operands=(Operand("v", "B T D", "token embeddings: queries, keys and values at once"),),
