@@ -236,7 +236,7 @@ def _dims(variant: Variant, given: Mapping[str, np.ndarray]) -> dict[str, int]:
     for operand in exact:
         for axis, n in zip(operand.axes.split(), given[operand.name].shape, strict=True):
             if not axis.isidentifier() and n != size(axis, dims):
-                raise ShapeError(f"{variant.name}: {operand.name} has {n} along {axis}; must be {size(axis, dims)}")
+                raise ShapeError(f"{variant.name}: {operand.name} has {n} along {axis}; must be {_sum(axis, dims, source)}")
     if {"Hq", "Hkv"} <= dims.keys() and dims["Hq"] % dims["Hkv"]:
         raise ShapeError(f"{variant.name}: {source['Hkv']} has Hkv={dims['Hkv']}, which does not divide {source['Hq']}'s Hq={dims['Hq']}")
     for operand in variant.operands:
@@ -256,6 +256,12 @@ def _other_layout(variant: Variant, given: Mapping[str, np.ndarray], layout: str
     except ShapeError:
         return ""
     return f"; these shapes fit layout={other!r}"
+
+
+def _sum(axis: str, dims: Dims, source: Mapping[str, str]) -> str:
+    """How the size of a computed axis comes about: ``8 (Dq=5 of q, Dk=3 of k)``."""
+    terms = ", ".join(f"{term}={dims[term]} of {source[term]}" for term in axis.split("+") if term in dims)
+    return f"{size(axis, dims)} ({terms})"
 
 
 def _params(variant: Variant, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import refattn as ra
 from refattn import definition, derivatives
 from refattn.precision import round_to
 
+pytestmark = pytest.mark.compiled
+
 SMALL = {**GENERAL, "B": 1, "Hq": 4, "T": 3, "S": 4, "D": 2, "E": 3, "M": 3}
 same = np.testing.assert_array_equal
 
@@ -210,9 +212,9 @@ def test_what_is_hidden_or_infinite_has_gradient_zero_and_leaks_no_nan():
 
 
 def test_a_gradient_below_the_rounding_of_the_outputs_is_within_its_estimate():
-    q, k, v = np.ones((1, 1, 1, 1)), np.array([0.0, -70.0]).reshape(1, 1, 2, 1), np.ones((1, 1, 2, 1))
-    found = ra.gradients("softmax", q, k, v, d_out=np.ones((1, 1, 1, 1)))
-    off = np.abs(found.d_v - ra.attention(q, k, v, returns="weights").reshape(v.shape))
+    q, k, v = np.ones((1, 1, 1, 1)), np.array([0.0, -1.0]).reshape(1, 1, 2, 1), np.ones((1, 1, 2, 1))
+    found = ra.gradients("softmax", q, k, v, d_out=np.ones((1, 1, 1, 1)), scale=70.0)
+    off = np.abs(found.d_v - ra.attention(q, k, v, scale=70.0, returns="weights").reshape(v.shape))
     assert off[0, 0, 1, 0] > 0.0 and np.all(off <= found.errors["d_v"]) and np.all(found.errors["d_v"] < 1e-12)
 
 

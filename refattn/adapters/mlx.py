@@ -57,7 +57,7 @@ def convert(x: np.ndarray) -> Any:
 
     if not hasattr(mx, x.dtype.name if x.dtype != np.bool_ else "bool_"):
         raise DtypeError(f"mlx has no element type {x.dtype.name}")
-    native = np.ascontiguousarray(x, x.dtype.newbyteorder("="))
+    native = np.asarray(x, x.dtype.newbyteorder("="), order="C")
     if native.dtype == ml_dtypes.bfloat16:
         return mx.array(native)
     return mx.array(native, dtype=getattr(mx, "bool_" if native.dtype == np.bool_ else native.dtype.name))  # or float64 would narrow

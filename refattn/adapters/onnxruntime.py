@@ -43,7 +43,7 @@ def load() -> Candidate:
 
 def convert(x: np.ndarray) -> np.ndarray:
     """`x`, contiguous and in native byte order: a session takes NumPy arrays."""
-    return np.ascontiguousarray(x, x.dtype.newbyteorder("="))
+    return np.asarray(x, x.dtype.newbyteorder("="), order="C")
 
 
 def _call(operands: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> np.ndarray:
