@@ -281,6 +281,14 @@ def test_flex_puts_its_switch_back():
     assert module._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG is before
 
 
+def test_flex_without_a_way_to_ask_for_lse_is_unavailable(monkeypatch):
+    from torch.nn.attention import flex_attention as module
+
+    monkeypatch.delattr(module, "AuxRequest")
+    with pytest.raises(ra.BackendUnavailableError, match=r"torch-flex: .* too old"):
+        adapters.load("torch-flex")
+
+
 # ---- converters ----------------------------------------------------------------------------------------------------------------------
 
 

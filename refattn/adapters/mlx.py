@@ -42,6 +42,7 @@ def load() -> Candidate:
         OPERANDS - CANNOT.keys(),
         PARAMS - CANNOT.keys(),
         fixed={"empty_rows": "uniform"},
+        profile="eager",
     )
 
 

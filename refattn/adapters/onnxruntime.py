@@ -38,7 +38,8 @@ def load() -> Candidate:
     """The ONNX Attention operator on the installed ONNX Runtime as a candidate."""
     import onnxruntime
 
-    return Candidate(f"onnxruntime {onnxruntime.__version__} Attention", _call, OPERANDS - CANNOT.keys(), PARAMS - CANNOT.keys())
+    name = f"onnxruntime {onnxruntime.__version__} Attention"
+    return Candidate(name, _call, OPERANDS - CANNOT.keys(), PARAMS - CANNOT.keys(), profile="eager")
 
 
 def convert(x: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..candidate import Candidate, Inexpressible
+from ..errors import BackendUnavailableError
 from . import OPERANDS, PARAMS, refuse
 from .torch import convert
 
@@ -30,8 +31,18 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 def load() -> Candidate:
-    """FlexAttention of the installed PyTorch, eager, as a candidate."""
+    """FlexAttention of the installed PyTorch, eager, as a candidate.
+
+    Raises
+    ------
+    BackendUnavailableError
+        When this PyTorch has no ``AuxRequest``, the way to ask for lse since 2.9.
+    """
     import torch
+    from torch.nn.attention import flex_attention
+
+    if not hasattr(flex_attention, "AuxRequest"):
+        raise BackendUnavailableError(f"torch-flex: torch {torch.__version__} is too old to return lse; install it with: {INSTALL}")
 
     return Candidate(
         f"torch {torch.__version__} flex_attention (eager)", _call, OPERANDS - CANNOT.keys(), PARAMS - CANNOT.keys(), returns=("out", "lse")

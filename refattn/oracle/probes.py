@@ -16,6 +16,7 @@ from .. import definition, precision
 from ..candidate import Candidate
 from ..catalog import unknown
 from ..errors import ParameterError, UnknownVariantError
+from ..foreign import as_numpy
 from ..problem import bind
 from ..spec import Dims, Variant, shape
 
@@ -23,6 +24,9 @@ SUITES = ("quick", "standard", "full")
 
 #: Poison for what must not be read: larger than anything that may be, small enough that no score overflows in float16.
 _HIDDEN_KEY, _HIDDEN_VALUE = 700.0, 30000.0
+
+#: Scores whose exponential is 0 or infinite in every format, and below what some kernels write for minus infinity.
+_FAR = 7e4
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Probe:
         Features the verdict of this call speaks about.
     decides : bool
         Whether disagreement is a failure, or an observation (`note` says what it means).
+    repeatable : bool
+        Whether the same operands, read from a file, make the same call; not where strides or earlier calls are the point.
     """
 
     title: str
@@ -49,6 +55,7 @@ class Probe:
     examines: tuple[str, ...] = ()
     decides: bool = True
     note: str = ""
+    repeatable: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,10 @@ def on_inputs(variant: Variant, candidate: Candidate, dtype: np.dtype, fixed: Ma
         if name not in names:
             raise ParameterError(f"{variant.name}: {unknown('operand', name, names)}")
     maker = _Maker(variant, candidate, dtype, dict(fixed))
-    kinds = {o.name: o.kind for o in variant.operands}
-    operands = {n: precision.round_to(np.asarray(x, np.float64), dtype) if kinds[n] == "real" else np.asarray(x) for n, x in inputs.items()}
+    operands = {name: as_numpy(x, f"{variant.name}: {name}") for name, x in inputs.items()}
+    for name, x in operands.items():
+        if variant.operand(name).kind == "real" and precision.is_real(x.dtype):  # anything else is refused at the door
+            operands[name] = precision.round_to(x.astype(np.float64), dtype)
     probes = [Probe("the given operands", operands, maker.params({}), ("given operands",))]
     for title, params in maker.settings():
         probes.append(Probe(f"the given operands, {title}", operands, maker.params(params), ("given operands", *params)))
@@ -153,9 +162,10 @@ class _Maker:
             for value in values:
                 yield f"{name}={value!r}", {name: value}
 
-    def together(self) -> dict[str, Any]:
-        """The first other value of every parameter at once."""
-        return {name: values[0] for name, values in self.tries.items() if values}
+    def together(self) -> list[dict[str, Any]]:
+        """Every parameter at once: the first other value of each, and the last where that differs."""
+        ends = [{name: values[n] for name, values in self.tries.items() if values} for n in (0, -1)]
+        return ends if ends[0] != ends[1] else ends[:1]
 
     def dims(self, sizes: Dims) -> dict[str, int]:
         dims = {**_BASE, **sizes}
@@ -186,7 +196,7 @@ class _Maker:
     # ---- probes ------------------------------------------------------------------------------------------------------------------
 
     def probes(self, suite: str, rng: np.random.Generator) -> Iterator[Probe]:
-        together, settings = self.together(), list(self.settings())
+        settings = list(self.settings())
         first = self.operands(rng, {})
         for why, sizes in _SHAPES:
             operands = self.operands(rng, sizes) if sizes else first
@@ -196,10 +206,17 @@ class _Maker:
             yield Probe(title, self.spread(self.operands(rng, {}), 2.0), self.params(chosen), tuple(chosen))
         for o in self.optional:
             yield Probe(f"with {o.name}", self.operands(rng, {}, (o.name,)), self.params({}), (o.name,))
-        if together or self.optional:
-            everything = self.operands(rng, {"T": 37, "S": 53}, tuple(o.name for o in self.optional))
-            yield Probe("everything at once", self.spread(everything, 3.0), self.params(together), (*together, *(o.name for o in self.optional)))
-        yield Probe("strided operands", {n: _strided(x) for n, x in first.items()}, self.params({}), ("strided operands",))
+        for chosen in self.together():
+            if chosen or self.optional:
+                everything = self.spread(self.operands(rng, {"T": 37, "S": 53}, tuple(o.name for o in self.optional)), 3.0)
+                yield Probe("everything at once", everything, self.params(chosen), (*chosen, *(o.name for o in self.optional)))
+        for where, sign in (("below", -1.0), ("above", 1.0)):
+            far = self.far_from_zero(rng, sign)
+            if far is not None:
+                yield Probe(f"every score far {where} zero", far, self.params({}), ("large scores",))
+        yield from self.emptied(rng)
+        other = {n: _strided(x) for n, x in self.operands(rng, {}).items()}  # new values in the first call's shapes: a stale result shows too
+        yield Probe("strided operands", other, self.params({}), ("strided operands",), repeatable=False)
         yield from self.poisoned(rng)
         if suite != "quick":
             for n, sizes in enumerate((*_LADDER, *(_LONG if suite == "full" else ()))):
@@ -214,7 +231,36 @@ class _Maker:
                 for title, chosen in settings:
                     operands = self.operands(rng, {"T": 30, "S": 45}, (o.name,))
                     yield Probe(f"{title} with {o.name}", operands, self.params(chosen), (*chosen, o.name))
-        yield Probe("the first call again", first, self.params({}), ("state kept between calls",))
+        yield Probe("the first call again", first, self.params({}), ("state kept between calls",), repeatable=False)
+
+    def far_from_zero(self, rng: np.random.Generator, sign: float) -> dict[str, np.ndarray] | None:
+        """Queries and keys along one direction and its opposite, so that all scores are about `_FAR`; None where they are not operands."""
+        operands = self.operands(rng, {})
+        if self.variant.plan is None:
+            return None
+        problem = bind(self.variant, (), {**operands, **self.params({})})
+        plan = self.variant.plan(problem.dims, problem.params)
+        if plan.projections or plan.query == plan.key or not {plan.query, plan.key} <= operands.keys():
+            return None
+        q, k = operands[plan.query], operands[plan.key]
+        level = min(_FAR, precision.format_of(self.dtype).largest / 3)
+        factor = level / (4.0 * q.shape[-1] * (abs(plan.scale) or 1.0))
+        along = {plan.query: sign * factor * (1.0 + q.astype(np.float64) / 64.0), plan.key: 4.0 + k.astype(np.float64) / 4.0}
+        return {**operands, **{name: precision.round_to(x, self.dtype) for name, x in along.items()}}
+
+    def emptied(self, rng: np.random.Generator) -> Iterator[Probe]:
+        """A row that sees no key, by mask where there is one, else by alignment."""
+        title, examines = "a row that sees no key", ("rows that see no key",)
+        alignment = dict(self.variant.causal or {})
+        if "mask" in {o.name for o in self.optional}:
+            operands = self.operands(rng, {}, ("mask",))
+            operands["mask"][..., 1, :] = False
+            yield Probe(title, operands, self.params({}), examines)
+        elif alignment.keys() & self.tries.keys() and "S" in self.variant.axes:
+            operands = self.operands(rng, {"T": 24, "S": 13})
+            yield Probe(title, operands, self.params({n: v for n, v in alignment.items() if n in self.tries}), examines)
+        else:
+            self.unexamined["rows that see no key"] = "no mask or alignment to empty a row with"
 
     def poisoned(self, rng: np.random.Generator) -> Iterator[Probe]:
         """Large numbers, then NaN, in keys and values that no query sees."""
@@ -224,8 +270,9 @@ class _Maker:
             return
         operands, params, hidden, names = found
         large, nan = dict(operands), dict(operands)
+        most = precision.format_of(self.dtype).largest
         for name, value in zip(names, (_HIDDEN_KEY, _HIDDEN_VALUE), strict=True):
-            for poisoned, fill in ((large, value), (nan, np.nan)):
+            for poisoned, fill in ((large, min(value, most)), (nan, np.nan)):
                 x = operands[name].copy()
                 x[hidden] = fill
                 poisoned[name] = x
