@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -257,9 +258,12 @@ def _version(package: str) -> str | None:
 
 
 def main() -> None:
-    """Run the command line; refattn's own errors are one line and exit status 2."""
+    """Run the command line; refattn's own errors are one line and exit status 2, and so are files that cannot be read or written."""
     try:
         app()
-    except RefattnError as problem:
-        errors.print(f"refattn: {problem}", style="red", markup=False, highlight=False)
+    except (RefattnError, OSError) as problem:
+        errors.print(f"refattn: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except Exception:  # a mistake of ours; Python would leave with 1, which says that an implementation does not agree
+        traceback.print_exc()
         sys.exit(2)

@@ -45,11 +45,15 @@ def candidate(
     ------
     CandidateError, BackendUnavailableError, UnknownVariantError
     """
-    if isinstance(target, Candidate):
-        return target
+    if isinstance(target, Candidate) or (isinstance(target, str) and ":" not in target):
+        if isinstance(target, str) and target.endswith(".py"):
+            raise CandidateError(f"{target}: which function? Say {target}:FUNCTION")
+        ready = adapters.load(target) if isinstance(target, str) else target
+        for option, value in (("framework", framework), ("rename", rename), ("returns", returns)):
+            if value:
+                raise CandidateError(f"{ready.name} says itself what it takes and returns; {option}={value!r} is for functions")
+        return ready
     if isinstance(target, str):
-        if ":" not in target:
-            return adapters.load(target)
         function, name = _located(target), target
     else:
         function, name = target, _name(target)
@@ -73,17 +77,21 @@ def _wrapped(function: Any, name: str, variant: Variant, framework: str | None, 
     optional = [o.name for o in variant.operands if o.optional]
     takes, needs = _keywords(function, len(required))
     taken = {n for n in [*optional, *(p.name for p in variant.params)] if takes(rename.get(n, n))}
-    defaults = {p.name: p for p in variant.params}
+    lost = [n for n in rename if n not in taken and n not in required]
+    if lost:
+        raise CandidateError(f"{name} takes no {rename[lost[0]]!r}, which rename says it calls {lost[0]}")
+    declared = {p.name: p for p in variant.params}
 
     def call(operands: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> Any:
         positional = [convert(operands[n]) for n in required]
         keywords = {rename.get(n, n): convert(operands[n]) for n in optional if n in operands}
+        keywords |= {spelled: None for spelled in (rename.get(n, n) for n in optional if n not in operands) if spelled in needs}
         for n, value in params.items():
             spelled = rename.get(n, n)
             if value is not None:
                 keywords[spelled] = value
-            elif spelled in needs:  # it cannot leave the value to a default of its own
-                keywords[spelled] = defaults[n].encode(None, _dims(variant, operands))
+            elif spelled in needs:  # it has no default of its own, so a number that follows from the sizes is worked out for it
+                keywords[spelled] = declared[n].encode(None, _dims(variant, operands)) if callable(declared[n].absent) else None
         return function(*positional, **keywords)
 
     operands, params = frozenset([*required, *taken & set(optional)]), frozenset(taken - set(optional))
@@ -128,7 +136,7 @@ def _from_file(path: Path, target: str) -> Any:
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(module)
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:  # a script may well call sys.exit
         raise CandidateError(f"{target}: {path} could not be run: {type(problem).__name__}: {problem}") from problem
     finally:
         sys.path.pop(0)
@@ -139,7 +147,7 @@ def _from_name(name: str, target: str) -> Any:
     sys.path.insert(0, "")
     try:
         return importlib.import_module(name)
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         raise CandidateError(f"{target}: module {name} could not be imported: {type(problem).__name__}: {problem}") from problem
     finally:
         sys.path.pop(0)

@@ -57,7 +57,7 @@ def check(
     )
     alpha = ALPHA / max(1, len(asked.probes))
     cases = tuple(judge(judged, candidate, probe, how, alpha) for probe in _progress(asked.probes, f"asking {candidate.name}"))
-    if all(c.outcome == "declined" for c in cases):
+    if not any(c.failed or (c.elements and c.probe.decides) for c in cases):  # declined, or nothing but calls of no elements
         reasons = "; ".join(dict.fromkeys(c.reason for c in cases)) or "there is nothing to ask"
         raise CandidateError(f"{candidate.name} could not be asked a single call of {judged.name} in {storage.name}: {reasons}")
     return Report(
@@ -68,10 +68,24 @@ def check(
         cases=cases,
         unexamined=asked.unexamined,
         finding=localise(cases),
-        params=params,
+        params={name: judged.param(name).kind.read(value) for name, value in params.items()},
         suite="" if inputs is not None else suite,
         target=target if isinstance(target, str) else "",
+        options=_options(framework, rename, returns, profile),
     )
+
+
+def _options(
+    framework: str | None, rename: Mapping[str, str] | None, returns: str | Sequence[str] | None, profile: str | profiles.Profile | None
+) -> dict[str, Any]:
+    """What a repetition has to say again, as `refattn.check` takes it."""
+    said: dict[str, Any] = {
+        "framework": framework,
+        "rename": dict(rename or {}),
+        "returns": (returns,) if isinstance(returns, str) else tuple(returns or ()),
+        "profile": profile,
+    }
+    return {name: value for name, value in said.items() if value}
 
 
 def compare_arrays(
@@ -93,7 +107,8 @@ def compare_arrays(
     how = profiles.resolve(profile, problem.dtype)
     probe = Probe("the given arrays", problem.given, problem.params, ("given operands",))
     cases: tuple[Case, ...] = (compare(problem, outputs, probe, how, ALPHA),)
-    return Report("the given output", variant, problem.dtype.name, how, cases, finding=localise(cases), params=keywords)
+    params = {name: problem.params[name] for name in keywords if name in problem.params}
+    return Report("the given output", variant, problem.dtype.name, how, cases, finding=localise(cases), params=params, given=True)
 
 
 def _in_bhtd(problem: Any, name: str, x: Any) -> np.ndarray:

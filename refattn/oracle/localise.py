@@ -17,7 +17,7 @@ from .judge import Case
 
 @dataclass(frozen=True)
 class Finding:
-    """A statement about rows: it holds for `both` of `failing` failing rows and, of all rows, for `holding`."""
+    """A statement about rows: it holds for `both` of `failing` failing rows and, of all rows, for `holding`.  No text: all rows fail."""
 
     text: str
     failing: int
@@ -30,10 +30,13 @@ class Finding:
         return 2 * self.both / (self.failing + self.holding) if self.failing + self.holding else 0.0
 
     def __str__(self) -> str:
-        covered = "every failing row" if self.both == self.failing else f"{self.both} of {self.failing} failing rows"
+        if not self.text:
+            return f"all {self.failing} rows that were judged fail"
+        covered = "every failing row" if self.both == self.failing else f"each of {self.both} failing rows ({self.failing} in all)"
         others = self.holding - self.both
-        rest = "no passing row does" if others == 0 else f"{others} passing row{'s do' if others > 1 else ' does'} too"
-        return f"{covered} {self.text}; {rest}"
+        being = self.text.startswith("is ")
+        verb = ("is" if being else "does") if others <= 1 else ("are" if being else "do")
+        return f"{covered} {self.text}; " + (f"no passing row {verb}" if others == 0 else f"{others} passing row{'s' * (others > 1)} {verb} too")
 
 
 #: Facts about rows: what a row does when the fact is at least, below, or equal to a number; and the fact's name for remainders.
@@ -69,7 +72,7 @@ def localise(cases: Sequence[Case]) -> Finding | None:
     rows = {name: np.concatenate([t[name] for t in tables]) for name in shared}
     fails = rows.pop("fails")
     if fails.all():
-        return Finding("is a row of a judged call", len(fails), len(fails), len(fails))
+        return Finding("", len(fails), len(fails), len(fails))
     best: Finding | None = None
     for text, holds in _statements(rows, fails):
         found = Finding(text, int(fails.sum()), int((fails & holds).sum()), int(holds.sum()))
@@ -86,17 +89,16 @@ def channels(case: Case) -> str:
     failing = np.flatnonzero((ratios > 1).any(axis=tuple(range(ratios.ndim - 1))))
     if not len(failing) or len(failing) > 0.75 * ratios.shape[-1]:
         return ""
-    run = f"{failing[0]} to {failing[-1]}" if len(failing) == failing[-1] - failing[0] + 1 and len(failing) > 1 else ", ".join(map(str, failing[:8]))
+    together = len(failing) > 1 and len(failing) == failing[-1] - failing[0] + 1
+    listed = ", ".join(map(str, failing[:8])) + (", ..." if len(failing) > 8 else "")
+    run = f"{failing[0]} to {failing[-1]}" if together else listed
     return f"only channels {run} of {ratios.shape[-1]} differ"
 
 
 def _rows(case: Case) -> dict[str, np.ndarray] | None:
-    ratios = next(iter(case.ratios.values()))
-    if case.problem is None or ratios.ndim not in (3, 4) or not ratios.size:
+    failing = _failing_rows(case)
+    if case.problem is None or failing is None or not failing.size:
         return None
-    failing: np.ndarray = np.asarray((ratios > 1).any(axis=-1) if "out" in case.ratios else ratios > 1)
-    if failing.ndim == 2:
-        failing = failing[:, None]
     batch, heads, n_q = failing.shape
     dims = case.problem.dims
     n_k = dims.get("S", n_q)
@@ -121,6 +123,20 @@ def _rows(case: Case) -> dict[str, np.ndarray] | None:
         table["first visible key"] = np.where(seen.any(-1), np.argmax(seen, -1), -1)
         table["last visible key"] = np.where(seen.any(-1), seen.shape[-1] - 1 - np.argmax(seen[..., ::-1], -1), -1)
     return {name: x.reshape(-1) for name, x in table.items()}
+
+
+def _failing_rows(case: Case) -> np.ndarray | None:
+    """Rows (B, Hq, T) of which some element of some output fails; outputs without rows, such as a state, are left out."""
+    found: np.ndarray | None = None
+    for output in case.problem.variant.outputs if case.problem else ():
+        axes = output.axes.split()
+        if output.name in case.ratios and "T" in axes:
+            failing = case.ratios[output.name] > 1
+            rows = failing if axes.index("T") == len(axes) - 1 else failing.any(axis=-1)
+            rows = rows[:, None] if rows.ndim == 2 else rows
+            if found is None or found.shape == rows.shape:
+                found = rows if found is None else found | rows
+    return found
 
 
 def _statements(rows: dict[str, np.ndarray], fails: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -58,10 +58,12 @@ class Report:
     params: Mapping[str, Any] = field(default_factory=dict)
     suite: str = ""
     target: str = ""  # as the command line would name it
+    options: Mapping[str, Any] = field(default_factory=dict)  # framework, rename, returns, profile, where they were said
+    given: bool = False  # whether the answers existed already, so that there is nobody to ask again
 
     @property
     def passed(self) -> bool:
-        return any(c.outcome == "agrees" and c.probe.decides for c in self.cases) and not self.failures
+        return any(c.outcome == "agrees" and c.elements and c.probe.decides for c in self.cases) and not self.failures
 
     @property
     def failures(self) -> tuple[Case, ...]:
@@ -93,7 +95,8 @@ class Report:
 
     @property
     def smallest_failure(self) -> Case | None:
-        return min(self.failures, key=lambda c: sum(x.size for x in c.probe.operands.values()), default=None)
+        alone = [c for c in self.failures if c.probe.repeatable]
+        return min(alone or self.failures, key=lambda c: sum(x.size for x in c.probe.operands.values()), default=None)
 
     @property
     def verdict(self) -> str:
@@ -102,19 +105,30 @@ class Report:
             return f"agrees with {self.variant.name} in all {len(judged)} calls" if len(judged) > 1 else f"agrees with {self.variant.name}"
         return f"does not agree with {self.variant.name}: {len(self.failures)} of {len(judged)} calls fail"
 
-    def reproduce(self, saved: str = "") -> str:
-        """The command, or the Python call, that repeats the smallest failing call, from operands saved with `save`."""
+    def reproduce(self, saved: str = "FILE.npz") -> str:
+        """The command, or the Python call, that repeats the smallest failing call, from operands saved with `save`.
+
+        Where strides or earlier calls are what fails, operands alone would not show it, and the whole suite is repeated.
+        """
         case = self.smallest_failure
-        if case is None:
+        if case is None or self.given:
             return ""
-        chosen = {p.name: p.default for p in self.variant.params} | {**case.probe.params}
-        changed = {n: v for n, v in chosen.items() if v != self.variant.param(n).default}
+        params = case.problem.params if case.problem else case.probe.params
+        changed = {p.name: params[p.name] for p in self.variant.params if params.get(p.name, p.default) != p.default}
+        if not case.probe.repeatable:
+            changed = dict(self.params)
         if not self.target:
-            options = "".join(f", {n}={v!r}" for n, v in changed.items())
-            return f"ra.check(it, {self.variant.name!r}, dtype={self.dtype!r}, inputs=np.load({saved or 'FILE.npz'!r}){options})"
-        settings = [f"--set {n}={json.dumps(v)}" for n, v in changed.items()]
-        words = " ".join([f"--variant {self.variant.name}", f"--dtype {self.dtype}", *settings])
-        return f"refattn check {shlex.quote(self.target)} {words} --inputs {saved or 'FILE.npz'}"
+            words = [f"dtype={self.dtype!r}", *(f"{n}={v!r}" for n, v in self.options.items())]
+            words += [f"inputs=np.load({saved!r})"] if case.probe.repeatable else [f"suite={self.suite!r}"]
+            words += [f"{n}={v!r}" for n, v in changed.items()]
+            return f"ra.check(it, {self.variant.name!r}, {', '.join(words)})"
+        words = ["refattn", "check", self.target, "--variant", self.variant.name, "--dtype", self.dtype]
+        for name, value in self.options.items():
+            for text in [f"{n}={v}" for n, v in value.items()] if name == "rename" else [value if name != "returns" else ",".join(value)]:
+                words += [f"--{name}", str(getattr(text, "name", text))]
+        for name, value in changed.items():
+            words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"]
+        return shlex.join([*words, *(("--inputs", saved) if case.probe.repeatable else ("--suite", self.suite))])
 
     def save(self, path: str) -> None:
         """Write the operands of the smallest failing call to an .npz, in a format wide enough to hold them exactly."""
@@ -144,6 +158,7 @@ class Report:
             "examined": list(self.examined),
             "unexamined": {**self.unexamined, **self.declined},
             "notes": list(self.notes),
+            "reproduce": self.reproduce(),
             "cases": [_case(c, self.variant) for c in self.cases],
         }
 
@@ -226,9 +241,12 @@ class Report:
         for note in self.notes:
             facts.append(("note", Text(note)))
         facts.append(("budget", Text(_budget(self.profile))))
-        if self.failures:
+        smallest = self.smallest_failure
+        if smallest is not None and not self.given:
             how = "--save FILE.npz writes" if self.target else "report.save('FILE.npz') writes"
-            facts.append(("reproduce", Text(f"{how} the smallest failing call; then {self.reproduce()}")))
+            first = f"{how} the operands of the smallest failing call, '{smallest.probe.title}'; then"
+            facts.append(("reproduce", Text(first if smallest.probe.repeatable else "by the whole suite, as no call fails by itself:")))
+            facts.append(("", Text(self.reproduce())))
         return facts
 
 
@@ -280,7 +298,7 @@ def _case(case: Case, variant: Variant) -> dict[str, Any]:
         "decides": case.probe.decides,
         "reason": case.reason,
         "dims": dict(case.problem.dims) if case.problem else {},
-        "params": dict(case.probe.params),
+        "params": {n: v for n, v in case.problem.params.items() if n in case.probe.params} if case.problem else {},
         "elements": case.elements,
         "failing": case.failing,
         "seconds": case.seconds,

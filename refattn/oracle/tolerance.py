@@ -43,17 +43,21 @@ def tolerances(
     dict of str to ndarray
         float64, in the shape of each output (BHTD), positive everywhere.
     """
-    variant = problem.variant
     lam = spread(sum(truth[name].size for name in problem.returns), alpha)
-    if variant.plan is not None:
-        bounds = Scored(problem, truth, variant.plan(problem.dims, problem.params), profile, lam).bounds()
-    elif variant.family in ("feature", "state"):
-        bounds = products(problem, dict(truth), profile, lam)
-    else:
-        bounds = perturbed(problem, dict(truth), profile, lam)
+    with np.errstate(all="ignore"):  # a bound that overflows is infinite, and a hidden NaN is left out below
+        bounds = _bounds(problem, truth, profile, lam)
     own = 2.0 if profile.accumulate <= np.finfo(np.float64).eps else 1.0  # against a float64 answer, ours is no more exact than theirs
     stored = {name: (dtypes or {}).get(name, output_dtype(problem, name)) for name in problem.returns}
     return {name: _stored(own * bounds[name].reshape(truth[name].shape), truth[name], stored[name]) for name in problem.returns}
+
+
+def _bounds(problem: Problem, truth: Mapping[str, np.ndarray], profile: Profile, lam: float) -> Mapping[str, np.ndarray]:
+    """Error before the result is rounded into its format, by the sharpest analysis there is."""
+    variant = problem.variant
+    if variant.plan is not None:
+        return Scored(problem, truth, variant.plan(problem.dims, problem.params), profile, lam).bounds()
+    analysis = products if variant.family in ("feature", "state") else perturbed
+    return analysis(problem, dict(truth), profile, lam)
 
 
 def _stored(bound: np.ndarray, exact: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -21,8 +21,6 @@ from ..profiles import Profile
 from .bound import Bound
 from .rows import RowSums, row_sums
 
-_NEVER = 1e300  # a relative error that makes every bound useless, finite so that 0 * _NEVER is 0
-
 
 class Scored:
     """Bounds for one problem; `bounds()` is the result, the methods are the stages an error goes through."""
@@ -46,7 +44,7 @@ class Scored:
         normalised = weight if self.plan.normalizer == "sigmoid" else self._normalised(weight)
         centred = self.plan.normalizer == "softmax"
         used = weight if centred else normalised
-        sums = row_sums(self.weights, self.visible, np.minimum(used.worst, _NEVER), np.minimum(used.likely, _NEVER), common, self.v, centred)
+        sums = row_sums(self.weights, self.visible, used.worst, used.likely, common, self.v, centred)
         found = {
             "out": self._finished(self._out(sums, used, sink, centred), sums),
             "weights": self.weights * (normalised.smaller + self.profile.probabilities) + np.finfo(np.float32).tiny,
@@ -117,8 +115,8 @@ class Scored:
         if self.plan.normalizer == "sigmoid":
             slope = 1.0 - self.weights
             function = 2 * profile.exp_error + 3 * u
-            worst = np.expm1(np.minimum(slope * score.worst, 600.0)) + function
-            return Bound(worst, slope * score.likely + lam * function), np.zeros_like(slope), np.zeros(slope.shape[:3])
+            error = Bound(_factor(slope * score.worst) + function, _factor(slope * score.likely) + lam * function)
+            return error, np.zeros_like(slope), np.zeros(slope.shape[:3])
         axis = 2 if self.plan.normalizer == "softmax over queries" else 3
         sinks = self.operands[self.plan.sinks] if self.plan.sinks else np.full(self.heads, -np.inf)
         top = np.max(np.where(self.scored, self.scores, -np.inf), axis=axis, keepdims=True, initial=-np.inf)
@@ -128,11 +126,17 @@ class Scored:
         common = 3 * u * below  # scale and log2(e) are rounded once
         steps = max(0, math.ceil(self.weights.shape[axis] / profile.tile) - 1) if profile.tile else 0
         function = (steps + 1) * (profile.exp_error + u) + steps * u
-        worst = np.expm1(np.minimum(score.worst + 2 * u * below + function, 600.0))
+        worst = _factor(score.worst + 2 * u * below + function)
         likely = np.hypot(score.likely, lam * 2 * u * below)
-        likely = np.hypot(likely, lam * (profile.exp_error + u) * math.sqrt(steps + 1))
+        likely = _factor(np.hypot(likely, lam * (profile.exp_error + u) * math.sqrt(steps + 1)))
         distance = np.where(np.isfinite(sinks), sinks, 0.0)[:, None] - (top[..., 0] if axis == 3 else 0.0)
         return Bound(worst, likely), common, function + 2 * u * np.abs(distance)
+
+    def _row(self, weight: Bound) -> Bound:
+        """What each row's sum of weights may lose, as a part of it; at 1 nothing is known about the row."""
+        worst = np.max(np.where(self.visible, weight.worst, 0.0), axis=-1, initial=0.0)
+        likely = np.sqrt(np.sum((self.weights * weight.likely) ** 2, axis=-1))
+        return Bound(np.minimum(worst, 1.0), np.minimum(likely, 1.0))
 
     def _normalised(self, weight: Bound) -> Bound:
         """Relative error of each weight after division by its sum."""
@@ -148,15 +152,15 @@ class Scored:
         profile, lam, n_keys = self.profile, self.lam, self.weights.shape[3]
         steps = math.ceil(n_keys / profile.tile) if profile.tile else 0
         total = self._roundings(n_keys + 2 * steps + 2)
-        most = np.max(np.where(self.visible, weight.worst, 0.0), axis=-1, initial=0.0)[..., None]
-        shrink = np.maximum(1.0 - most, 1.0 / _NEVER)
+        row = self._row(weight)
+        most, usual = row.worst[..., None], row.likely[..., None]
         stored = (1 + profile.probabilities) * (1 + total.worst) - 1
         out = np.abs(sums.out)
-        with np.errstate(over="ignore"):
-            worst = (1 + total.worst) * (sums.worst + stored * (1 + most) * sums.magnitude) / shrink + total.worst * out
         rms = np.sqrt(sums.square)
-        likely = np.hypot(np.sqrt(sums.likely), lam * profile.probabilities * rms)
-        likely = np.hypot(likely, total.likely * np.maximum(out, rms)) + 2 * self.u * out
+        with np.errstate(all="ignore"):  # a row of which nothing is known: infinite, or NaN where all its values are equal
+            worst = (1 + total.worst) * (sums.worst + stored * (1 + most) * sums.magnitude) / (1 - most) + total.worst * out
+            likely = np.hypot(np.sqrt(sums.likely), lam * profile.probabilities * rms)
+            likely = np.hypot(likely, total.likely * np.maximum(out, rms)) / (1 - usual) + 2 * self.u * out
         vanished = (0.5 * profile.smallest_probability + np.finfo(np.float32).tiny) * sums.plain
         mass = np.clip(1.0 - self.weights.sum(-1), 0.0, 1.0)[..., None] if self.plan.sinks else 0.0
         error = Bound(worst, likely).linear(sums.common + vanished + mass * sink[..., None] * out)
@@ -167,7 +171,7 @@ class Scored:
             seen = sums.low <= sums.high
             low, high = np.where(seen, sums.low, 0.0), np.where(seen, sums.high, 0.0)
             among = np.maximum(high - sums.out, sums.out - low) + stored * np.maximum(np.abs(low), np.abs(high))
-            error = Bound(np.minimum(error.worst, among), error.likely)
+            error = Bound(np.fmin(error.worst, among), np.fmin(error.likely, among))
         return error
 
     def _finished(self, error: Bound, sums: RowSums) -> np.ndarray:
@@ -188,13 +192,19 @@ class Scored:
         n_keys, u = self.weights.shape[3], self.u
         exact = self.truth["lse"]
         mass = np.clip(1.0 - self.weights.sum(-1), 0.0, 1.0)
-        most = np.max(np.where(self.visible, weight.worst, 0.0), axis=-1, initial=0.0)
-        worst = (self.weights * np.minimum(weight.worst, _NEVER)).sum(-1) / np.maximum(1.0 - most, 1.0 / _NEVER)
-        likely = np.sqrt(((self.weights * weight.likely) ** 2).sum(-1))
+        row = self._row(weight)
+        with np.errstate(all="ignore"):
+            worst = (self.weights * weight.worst).sum(-1) / (1 - row.worst)
+            likely = np.sqrt(((self.weights * weight.likely) ** 2).sum(-1)) / (1 - row.likely)
         error = Bound(worst, likely) + self._roundings(n_keys + 2)
         largest = np.max(np.where(self.scored, np.abs(self.scores), 0.0), axis=-1, initial=0.0)
         scale = np.where(np.isfinite(exact), np.abs(exact), 0.0) + largest + math.log(n_keys + 1)
         return error.linear((self.weights * common).sum(-1) + mass * sink + 4 * u * scale).smaller
+
+
+def _factor(error: np.ndarray) -> np.ndarray:
+    """Relative error of exp(s) when s is off by `error`, held to where its square is finite: a weight of zero then makes it zero."""
+    return np.expm1(np.minimum(error, 300.0))
 
 
 def _with_heads(x: np.ndarray) -> np.ndarray:
