@@ -141,7 +141,9 @@ def compare(
     missing = [n for n in names if n not in held]
     if missing or not names:
         raise ParameterError(f"{arrays} holds {', '.join(held) or 'nothing'}, but no output {missing[0] if missing else 'of ' + variant}")
-    outputs = {n: held.pop(n) for n in names}
+    outputs = {n: held[n] for n in names}
+    known = {o.name for o in catalog.variant(variant).outputs}
+    held = {n: x for n, x in held.items() if n not in known}  # an output that is there and not asked about is left alone
     report = api.compare(
         tuple(outputs.values()), variant, returns=tuple(outputs), layout=layout, profile=profile, **held, **_settings(settings or [])
     )

@@ -7,9 +7,8 @@ to the operands' format before they meet the values.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import ml_dtypes
@@ -115,6 +114,7 @@ class Stages:
     hidden_values: bool = False  # whether values that nobody sees are multiplied by zero instead of skipped
 
 
+@np.errstate(all="ignore")  # exp(-inf) and log(0) are meant, and faults make infinities
 def attend(stages, q, k, v, bias=None, mask=None, sinks=None, scale=None, softcap=None, causal=False, window=None):
     """q (B, Hq, T, D), k (B, Hkv, S, D), v (B, Hkv, S, E) -> out (B, Hq, T, E) in the operands' format and lse (B, Hq, T) in float32."""
     stored = v.dtype

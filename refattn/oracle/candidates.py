@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,10 @@ def _wrapped(function: Any, name: str, variant: Variant, framework: str | None, 
     convert = adapters.converter(framework or "numpy")
     required = [o.name for o in variant.operands if not o.optional]
     optional = [o.name for o in variant.operands if o.optional]
-    takes, needs = _keywords(function, len(required))
-    taken = {n for n in [*optional, *(p.name for p in variant.params)] if takes(rename.get(n, n))}
+    named, needs, anything = _keywords(function, len(required))
+    worth_asking = {*optional, *rename, *(p.name for p in variant.params if p.tries)}  # all that is said to whoever takes any keyword
+    known = [*optional, *(p.name for p in variant.params)]
+    taken = {n for n in known if rename.get(n, n) in named or (anything and n in worth_asking)}
     lost = [n for n in rename if n not in taken and n not in required]
     if lost:
         raise CandidateError(f"{name} takes no {rename[lost[0]]!r}, which rename says it calls {lost[0]}")
@@ -103,17 +105,16 @@ def _dims(variant: Variant, operands: Mapping[str, np.ndarray]) -> dict[str, int
     return {axis: n for o in known for axis, n in zip(o.axes.split(), operands[o.name].shape, strict=True)}
 
 
-def _keywords(function: Any, positional: int) -> tuple[Callable[[str], bool], frozenset[str]]:
-    """Whether the function takes a keyword, and the keywords it has no default for."""
+def _keywords(function: Any, positional: int) -> tuple[frozenset[str], frozenset[str], bool]:
+    """The keywords a function names, those of them it has no default for, and whether it takes any other."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # a builtin that tells nothing: it is given its operands only
-        return (lambda name: False), frozenset()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return (lambda name: True), frozenset()
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    free = [p for n, p in enumerate(named) if n >= positional or p.kind is p.KEYWORD_ONLY]
-    return (lambda name: any(p.name == name for p in free)), frozenset(p.name for p in free if p.default is p.empty)
+        return frozenset(), frozenset(), False
+    first = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:positional]
+    free = [p for p in parameters if p not in first and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needs = frozenset(p.name for p in free if p.default is p.empty)
+    return frozenset(p.name for p in free), needs, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _located(target: str) -> Any:

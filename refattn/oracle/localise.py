@@ -1,8 +1,8 @@
 """What failing rows have in common: the shortest statement about rows that separates those that fail from those that do not.
 
-A row is one query of one head in one call.  Statements are thresholds, residues and equalities over a few facts about rows: where they are,
-how much they see, where their largest weight lies.  They are scored by how well they tell failing from passing rows over all calls; ties
-go to the simpler one.
+A row is one query of one head in one call.  Statements are about what the call was given, and thresholds, residues and equalities over a
+few facts about rows: where they are, how much they see, where their largest weight lies.  They are scored by how well they tell failing from
+passing rows over all calls; ties go to the simpler one.
 """
 
 from __future__ import annotations
@@ -12,22 +12,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..problem import Problem
 from .judge import Case
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A statement about rows: it holds for `both` of `failing` failing rows and, of all rows, for `holding`.  No text: all rows fail."""
+    """A statement about rows: of all `rows` it holds for `holding`, of the `failing` ones for `both`.  No text: all rows fail."""
 
     text: str
     failing: int
     both: int
     holding: int
+    rows: int
 
     @property
     def score(self) -> float:
-        """Harmonic mean of the share of failing rows it covers and the share of its rows that fail."""
-        return 2 * self.both / (self.failing + self.holding) if self.failing + self.holding else 0.0
+        """How well it tells failing rows from passing ones, 1 at best.
+
+        The harmonic mean of the share of failing rows it covers and the share of its rows that fail is easily high where most rows fail;
+        the share of failing rows it covers less that of passing ones, where few do.  The smaller counts.
+        """
+        if not self.failing or self.failing == self.rows:
+            return 0.0
+        harmonic = 2 * self.both / (self.failing + self.holding)
+        return min(harmonic, self.both / self.failing - (self.holding - self.both) / (self.rows - self.failing))
 
     def __str__(self) -> str:
         if not self.text:
@@ -60,6 +69,7 @@ _PHRASES = {
     "longer": ("is in a call with S - T at least {}", "is in a call with S - T below {}", "is in a call with S - T = {}", ""),
 }
 _MODULI = (2, 4, 8, 16, 32, 64)
+_CALL = "with "  # begins the facts that are one truth for a whole call
 
 
 def localise(cases: Sequence[Case]) -> Finding | None:
@@ -72,10 +82,10 @@ def localise(cases: Sequence[Case]) -> Finding | None:
     rows = {name: np.concatenate([t[name] for t in tables]) for name in shared}
     fails = rows.pop("fails")
     if fails.all():
-        return Finding("", len(fails), len(fails), len(fails))
+        return Finding("", len(fails), len(fails), len(fails), len(fails))
     best: Finding | None = None
     for text, holds in _statements(rows, fails):
-        found = Finding(text, int(fails.sum()), int((fails & holds).sum()), int(holds.sum()))
+        found = Finding(text, int(fails.sum()), int((fails & holds).sum()), int(holds.sum()), len(fails))
         if best is None or found.score > best.score + 0.005:  # statements come simplest first
             best = found
     return best if best is not None and best.score >= 0.8 else None
@@ -114,6 +124,7 @@ def _rows(case: Case) -> dict[str, np.ndarray] | None:
         "queries": np.full_like(i, n_q),
         "longer": np.full_like(i, n_k - n_q),
     }
+    table |= {_CALL + text: np.full(i.shape, holds) for text, holds in _call(case.problem)}
     weights = case.truth.get("weights")
     if weights is not None and weights.size == failing.size * n_k:  # not where rows mix heads, after an output projection
         weights = weights.reshape(batch, heads, n_q, n_k) if n_k else np.zeros((batch, heads, n_q, 1))
@@ -125,14 +136,26 @@ def _rows(case: Case) -> dict[str, np.ndarray] | None:
     return {name: x.reshape(-1) for name, x in table.items()}
 
 
+def _call(problem: Problem) -> Iterator[tuple[str, bool]]:
+    """What a call was given beyond the required operands: ``mask``, ``window``, ``window=(5, 0)``."""
+    for o in problem.variant.operands:
+        if o.optional:
+            yield o.name, o.name in problem.given
+    for p in problem.variant.params:
+        value = problem.params[p.name]
+        yield p.name, value != p.default
+        for other in p.tries if len(p.tries) > 1 else ():
+            yield f"{p.name}={other!r}", type(value) is type(other) and value == other
+
+
 def _failing_rows(case: Case) -> np.ndarray | None:
     """Rows (B, Hq, T) of which some element of some output fails; outputs without rows, such as a state, are left out."""
     found: np.ndarray | None = None
     for output in case.problem.variant.outputs if case.problem else ():
         axes = output.axes.split()
         if output.name in case.ratios and "T" in axes:
-            failing = case.ratios[output.name] > 1
-            rows = failing if axes.index("T") == len(axes) - 1 else failing.any(axis=-1)
+            failing = np.asarray(case.ratios[output.name] > 1)
+            rows = failing if axes.index("T") == len(axes) - 1 else np.asarray(failing.any(axis=-1))
             rows = rows[:, None] if rows.ndim == 2 else rows
             if found is None or found.shape == rows.shape:
                 found = rows if found is None else found | rows
@@ -141,19 +164,26 @@ def _failing_rows(case: Case) -> np.ndarray | None:
 
 def _statements(rows: dict[str, np.ndarray], fails: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Statements and the rows they hold for, simplest first."""
+    calls = sorted((name for name in rows if name.startswith(_CALL)), key=lambda name: "=" in name)
+    yield from ((f"is in a call {name}", rows[name]) for name in calls)
+    yield from ((f"is in a call without {name.removeprefix(_CALL)}", ~rows[name]) for name in calls)
     named = [(phrases, rows[name]) for name, phrases in _PHRASES.items() if name in rows]
     for (at_least, below, _, _), x in named:
         for n in _edges(x, fails):
-            yield at_least.format(n), x >= n
-            yield below.format(n), x < n
+            yield _numbered(at_least, n), x >= n
+            yield _numbered(below, n), x < n
     for (_, _, equal, _), x in named:
         for n in np.unique(x[fails])[:64]:
-            yield equal.format(n), x == n
+            yield _numbered(equal, n), x == n
     for (_, _, _, fact), x in named:
         for m in _MODULI if fact else ():
             yield f"has a {fact} that is no multiple of {m}", x % m != 0
             for r in np.unique(x[fails] % m)[:2]:
                 yield f"has a {fact} of {r} modulo {m}", x % m == r
+
+
+def _numbered(phrase: str, n: int) -> str:
+    return phrase.format(n).replace("fewer than 1 keys", "no key").replace(" 1 keys", " 1 key").replace(" 1 queries", " 1 query")
 
 
 def _edges(x: np.ndarray, fails: np.ndarray) -> list[int]:

@@ -206,10 +206,10 @@ class _Maker:
             yield Probe(title, self.spread(self.operands(rng, {}), 2.0), self.params(chosen), tuple(chosen))
         for o in self.optional:
             yield Probe(f"with {o.name}", self.operands(rng, {}, (o.name,)), self.params({}), (o.name,))
-        for chosen in self.together():
+        for title, chosen in zip(("everything at once", "everything at once, other values"), self.together(), strict=False):
             if chosen or self.optional:
                 everything = self.spread(self.operands(rng, {"T": 37, "S": 53}, tuple(o.name for o in self.optional)), 3.0)
-                yield Probe("everything at once", everything, self.params(chosen), (*chosen, *(o.name for o in self.optional)))
+                yield Probe(title, everything, self.params(chosen), (*chosen, *(o.name for o in self.optional)))
         for where, sign in (("below", -1.0), ("above", 1.0)):
             far = self.far_from_zero(rng, sign)
             if far is not None:
@@ -243,8 +243,8 @@ class _Maker:
         if plan.projections or plan.query == plan.key or not {plan.query, plan.key} <= operands.keys():
             return None
         q, k = operands[plan.query], operands[plan.key]
-        level = min(_FAR, precision.format_of(self.dtype).largest / 3)
-        factor = level / (4.0 * q.shape[-1] * (abs(plan.scale) or 1.0))
+        product = min(_FAR / (abs(plan.scale) or 1.0), precision.format_of(self.dtype).largest / 3)  # before the scale: some store that too
+        factor = product / (4.0 * q.shape[-1])
         along = {plan.query: sign * factor * (1.0 + q.astype(np.float64) / 64.0), plan.key: 4.0 + k.astype(np.float64) / 4.0}
         return {**operands, **{name: precision.round_to(x, self.dtype) for name, x in along.items()}}
 

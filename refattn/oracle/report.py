@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import shlex
 import textwrap
 from collections import Counter
@@ -22,8 +23,8 @@ from .judge import Case, Element
 from .localise import Finding, channels
 from .profiles import Profile
 
-_ROWS = 24  # of the table of calls, before it is shortened
-_OUTCOME = {"agrees": "green", "differs": "bold red", "raised": "bold red", "malformed": "bold red", "declined": "dim"}
+_ROWS = 30  # of the table of calls, before it is shortened
+_STYLE = {"agrees": "green", "differs": "bold red", "raised": "bold red", "malformed": "bold red", "declined": "dim", "noted": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,8 @@ class Report:
         for name, text in self._facts():
             facts.add_row(name, text)
         parts.append(facts)
+        if self.reproduce():
+            parts += [Text(), Text(_folded(self.reproduce()))]
         return parts
 
     def _table(self) -> Table:
@@ -197,8 +200,7 @@ class Report:
         table.add_column("worst error", justify="right", no_wrap=True)
         table.add_column("of tolerance", justify="right", no_wrap=True)
         for case in self._shown():
-            style = _OUTCOME[case.outcome] if case.probe.decides else "yellow"
-            outcome = Text(case.outcome if case.probe.decides or case.outcome == "agrees" else "noted", style)
+            outcome = Text(_outcome(case), _STYLE[_outcome(case)])
             if case.worst is None:
                 table.add_row(
                     case.probe.title, outcome, Text(textwrap.shorten(case.reason or "nothing to compare", 24, placeholder="..."), "dim"), ""
@@ -206,7 +208,7 @@ class Report:
             else:
                 table.add_row(case.probe.title, outcome, f"{case.worst.error:.1e}", _times(case.worst.ratio))
         shown = {id(c) for c in self._shown()}
-        for rest, n in Counter(c.outcome for c in self.cases if id(c) not in shown).items():
+        for rest, n in Counter(_outcome(c) for c in self.cases if id(c) not in shown).items():
             table.add_row(Text(f"and {n} more", "dim"), Text(rest, "dim"), "", "")
         return table
 
@@ -215,7 +217,8 @@ class Report:
         if len(self.cases) <= _ROWS:
             return self.cases
         failures = self.failures[: _ROWS // 2]
-        others = [c for c in self.cases if not c.failed][: _ROWS - len(failures)]
+        others = [c for c in self.cases if _outcome(c) == "noted"] + [c for c in self.cases if not c.failed and _outcome(c) != "noted"]
+        others = others[: _ROWS - len(failures)]
         kept = {id(c) for c in (*failures, *others)}
         return [c for c in self.cases if id(c) in kept]
 
@@ -235,7 +238,8 @@ class Report:
         for reason, title in list({c.reason: c.probe.title for c in reversed(self.failures) if c.reason}.items())[-3:]:
             facts.append(("trouble", Text(f"in the call '{title}': {reason}")))
         facts.append(("examined", Text(", ".join(self.examined) or "nothing")))
-        unknown = [f"{name} ({reason})" for name, reason in self.unexamined.items()] + [f"{reason} ({n})" for reason, n in self.declined.items()]
+        reasons = {reason: [n for n, why in self.unexamined.items() if why == reason] for reason in self.unexamined.values()}
+        unknown = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()] + [f"{reason} ({n})" for reason, n in self.declined.items()]
         if unknown:
             facts.append(("not examined", Text("; ".join(unknown))))
         for note in self.notes:
@@ -246,8 +250,24 @@ class Report:
             how = "--save FILE.npz writes" if self.target else "report.save('FILE.npz') writes"
             first = f"{how} the operands of the smallest failing call, '{smallest.probe.title}'; then"
             facts.append(("reproduce", Text(first if smallest.probe.repeatable else "by the whole suite, as no call fails by itself:")))
-            facts.append(("", Text(self.reproduce())))
         return facts
+
+
+def _outcome(case: Case) -> str:
+    """As the table calls it: a disagreement that does not decide is noted."""
+    return "noted" if not case.probe.decides and case.outcome not in ("agrees", "declined") else case.outcome
+
+
+def _folded(command: str, width: int = 76) -> str:
+    """A command over several lines that can be pasted as they are: a shell reads on after a backslash, Python within brackets."""
+    shell = not command.startswith("ra.")
+    lines = [""]
+    for word in re.split(r" (?=--)" if shell else r"(?<=,) ", command):
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines[-1] += " \\" if shell else ""
+            lines.append("   ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return "\n".join(lines)
 
 
 def _budget(profile: Profile) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import catalog, definition, precision
 from ..candidate import Candidate
-from ..errors import BackendUnavailableError, CandidateError
+from ..errors import BackendUnavailableError, CandidateError, DtypeError
 from ..problem import bind
 from ..spec import Variant
 from . import probes, profiles
@@ -70,6 +70,10 @@ def write(folder: Path, names: Iterable[str], dtype: Any, profile: str | None = 
     UnknownVariantError, DtypeError, BackendUnavailableError
     """
     storage = precision.as_dtype(dtype)
+    kept = [np.dtype(d) for d in _DTYPES.values()]
+    if storage not in kept:
+        real = ", ".join(d.name for d in kept if precision.is_real(d))
+        raise DtypeError(f"safetensors files are not written in {storage.name} here; known are {real}")
     how = profiles.resolve(profile, storage)
     folder.mkdir(parents=True, exist_ok=True)
     cases = []
@@ -181,9 +185,10 @@ def _judged(case: str, output: str, got: np.ndarray, expected: np.ndarray, toler
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as problem:
+        manifest: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as problem:
         raise CandidateError(f"{path} could not be read: {problem}") from problem
-    if manifest.get("format") != FORMAT:
-        raise CandidateError(f"{path} has format {manifest.get('format')!r}; this version reads {FORMAT}")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise CandidateError(f"{path} has format {found!r}; this version reads {FORMAT}")
     return manifest

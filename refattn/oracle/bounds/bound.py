@@ -46,6 +46,10 @@ class Bound:
         """0 wherever the condition does not hold."""
         return Bound(np.where(condition, self.worst, 0.0), np.where(condition, self.likely, 0.0))
 
+    def where_roundings_repeat(self, condition: np.ndarray) -> Bound:
+        """Only the worst case, wherever roundings are known not to be independent."""
+        return Bound(self.worst, np.where(condition, np.inf, self.likely))
+
     @property
     def smaller(self) -> np.ndarray:
-        return np.minimum(self.worst, self.likely)
+        return np.fmin(self.worst, self.likely)  # NaN: nothing is known that way

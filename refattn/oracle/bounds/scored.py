@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,7 @@ class Scored:
         self.scores = self.truth["scores"] if "scores" in truth else self._scores()
         self.scored = np.isfinite(self.scores)
         self.visible = self.scored | (self.weights > 0)  # a row that sees nothing may still average everything
+        self.k, self.k_error, self.v, self.v_error = map(self._read, (self.k, self.k_error, self.v, self.v_error))
 
     def bounds(self) -> dict[str, np.ndarray]:
         score = self._score()
@@ -67,6 +69,14 @@ class Scored:
         magnitude = np.einsum("btm,hmd->bhtd", np.abs(x), np.abs(matrix)) + np.abs(bias)[:, None, :]
         error = self._roundings(x.shape[-1] + 1) * magnitude
         return made, error.linear(self.profile.intermediate * np.abs(made))
+
+    def _read(self, x: Any) -> Any:
+        """Rows of keys or values, or their errors, with 0 where no query looks: nothing that may stand there reaches a bound."""
+        if isinstance(x, Bound):
+            return Bound(self._read(x.worst), self._read(x.likely))
+        batch, heads, n_q, n_k = self.visible.shape
+        read = self.visible.reshape(batch, x.shape[1], heads // x.shape[1], n_q, n_k).any(axis=(2, 3))
+        return np.where(read[..., None], x, 0.0)
 
     def _scores(self) -> np.ndarray:
         scores = self.plan.scale * (self.q @ np.swapaxes(self._per_query_head(self.k), -1, -2))
@@ -170,9 +180,16 @@ class Scored:
         elif centred and not self.plan.sinks:  # a mean of visible values stays among them, whatever the weights
             seen = sums.low <= sums.high
             low, high = np.where(seen, sums.low, 0.0), np.where(seen, sums.high, 0.0)
-            among = np.maximum(high - sums.out, sums.out - low) + stored * np.maximum(np.abs(low), np.abs(high))
+            summed = (1 + stored) / max(1 - total.worst, 2.0**-53) - 1
+            among = np.maximum(high - sums.out, sums.out - low) + summed * np.maximum(np.abs(low), np.abs(high))
             error = Bound(np.fmin(error.worst, among), np.fmin(error.likely, among))
-        return error
+        return error.where_roundings_repeat(self._repeats(sums))
+
+    def _repeats(self, sums: RowSums) -> np.ndarray:
+        """Where every term of a sum is the same number, whose additions are all rounded the same way for long stretches."""
+        least = np.min(np.where(self.visible, self.weights, np.inf), axis=-1, initial=np.inf)
+        most = np.max(np.where(self.visible, self.weights, -np.inf), axis=-1, initial=-np.inf)
+        return (sums.low == sums.high) & (least == most)[..., None]
 
     def _finished(self, error: Bound, sums: RowSums) -> np.ndarray:
         """Error after the output projection or the residual, where there is one."""

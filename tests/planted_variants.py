@@ -1,0 +1,197 @@
+"""Every variant but softmax as a few lines of NumPy in the operands' own precision, each with mistakes that `fault` switches on.
+
+With no fault each is a transcription of the paper's formula in matrices, sharing nothing with the loops it is judged by.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+
+
+def softmax(s, axis=-1):
+    """Over the entries that are not -inf; 0 where there are none."""
+    top = s.max(axis, keepdims=True, initial=-np.inf)
+    p = np.exp(s - np.where(np.isneginf(top), 0, top).astype(s.dtype))
+    total = p.sum(axis, keepdims=True)
+    return p / np.where(total > 0, total, s.dtype.type(1))
+
+
+def hidden(s, mask):
+    return s if mask is None else np.where(mask, s, s.dtype.type(-np.inf))
+
+
+def aligned(n_q, n_k, causal, late=0):
+    """The pairs that causality allows; `late` more keys for every query."""
+    offset = 0 if causal == "top_left" else n_k - n_q
+    return np.tri(n_q, n_k, offset + late, dtype=bool) if causal else np.ones((n_q, n_k), bool)
+
+
+def per_query_head(x, heads, axis=1):
+    return np.repeat(x, heads // x.shape[axis], axis=axis)
+
+
+# ---- scores of other kinds -------------------------------------------------------------------------------------------------------
+
+
+def luong_dot(q, k, v, mask=None, *, fault=""):
+    s = q @ k.swapaxes(1, 2)
+    if fault == "scaled":
+        s = s / math.sqrt(q.shape[2])
+    if fault == "keys backwards":
+        s = s[..., ::-1]
+    return softmax(hidden(s, mask)) @ v
+
+
+def luong_general(q, k, v, w, mask=None, *, fault=""):
+    if fault == "map left out":
+        w = np.eye(*w.shape, dtype=w.dtype)
+    return softmax(hidden(q @ w @ k.swapaxes(1, 2), mask)) @ v
+
+
+def network(inner, w, mask, v, fault):
+    """w . tanh(inner), softmax, values."""
+    s = (inner if fault == "tanh left out" else np.tanh(inner)) @ w
+    return softmax(hidden(s, mask)) @ v
+
+
+def luong_concat(q, k, v, weight, w, mask=None, *, fault=""):
+    d = k.shape[2] if fault == "keys first" else q.shape[2]
+    w_q, w_k = (weight[:, d:], weight[:, :d]) if fault == "keys first" else (weight[:, :d], weight[:, d:])
+    return network((q @ w_q.T)[:, :, None] + (k @ w_k.T)[:, None], w, mask, v, fault)
+
+
+def additive(q, k, v, w_q, w_k, w, b=None, mask=None, *, fault=""):
+    inner = (q @ w_q.T)[:, :, None] + (k @ w_k.T)[:, None]
+    if b is not None and fault != "bias dropped":
+        inner = inner + b
+    if fault == "product for sum":
+        inner = (q @ w_q.T)[:, :, None] * (k @ w_k.T)[:, None]
+    return network(inner, w, mask, v, fault)
+
+
+def cosine_residual(v, *, fault=""):
+    norms = np.linalg.norm(v, axis=2, keepdims=True)
+    unit = v / np.where(norms > 0, norms, v.dtype.type(1))
+    p = softmax(unit @ (v if fault == "one side not normalised" else unit).swapaxes(1, 2))
+    attended = p @ (unit if fault == "unit vectors averaged" else v)
+    return attended if fault == "residual left out" else v + attended
+
+
+def article_sdpa(q, k, v, mask=None, *, axis=1, fault=""):
+    s = q @ k.swapaxes(1, 2) / math.sqrt(q.shape[2])
+    if mask is not None:
+        s = np.where((mask == 0) != (fault == "mask inverted"), s.dtype.type(-1e9), s)
+    axis = 2 if fault == "the axis that was meant" else 1 if fault == "axis ignored" else axis
+    p = softmax(s, axis)
+    return p @ v, p
+
+
+def sigmoid(q, k, v, bias=None, mask=None, *, scale=None, shift=None, causal=False, fault=""):
+    n_q, n_k = q.shape[2], k.shape[2]
+    if fault == "shift left out":
+        shift = 0.0
+    if fault == "shift of the number of queries" and shift is None:
+        shift = -math.log(max(n_q, 1))
+    k, v = (per_query_head(x, q.shape[1]) for x in (k, v))
+    s = q @ k.swapaxes(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale) - (math.log(max(n_k, 1)) if shift is None else -shift)
+    s = s if bias is None else s + bias
+    seen = aligned(n_q, n_k, causal) if mask is None else aligned(n_q, n_k, causal) & mask
+    if fault == "hidden scores of zero":
+        return (1 / (1 + np.exp(-np.where(seen, s, s.dtype.type(0))))) @ v
+    p = np.where(seen, 1 / (1 + np.exp(-s)), s.dtype.type(0))
+    return (p / p.sum(-1, keepdims=True) if fault == "normalised" else p) @ v
+
+
+def multi_head(query, key, value, w_q, w_k, w_v, w_o, b_q=None, b_k=None, b_v=None, b_o=None, mask=None, *, scale=None, causal=False, fault=""):
+    def projected(x, w, b):
+        made = np.einsum("bnm,hmd->bhnd", x, w)
+        return made if b is None or fault == "biases dropped" else made + b[:, None]
+
+    if fault == "value's tokens from the key":
+        value = key
+    q, k, v = projected(query, w_q, b_q), projected(key, w_k, b_k), projected(value, w_v, b_v)
+    heads, n_q, n_k = q.shape[1], q.shape[2], k.shape[2]
+    k, v = (np.tile(x, (1, heads // x.shape[1], 1, 1)) if fault == "heads tiled" else per_query_head(x, heads) for x in (k, v))
+    width = query.shape[2] if fault == "root of the model width" else q.shape[3]
+    s = q @ k.swapaxes(2, 3) * (width**-0.5 if scale is None else scale)
+    seen = aligned(n_q, n_k, causal) if mask is None else aligned(n_q, n_k, causal) & mask
+    out = np.einsum("bhte,hem->btm", softmax(hidden(s, seen)) @ v, w_o)
+    return out if b_o is None or fault in ("biases dropped", "output bias dropped") else out + b_o
+
+
+# ---- states and feature maps ---------------------------------------------------------------------------------------------------------
+
+
+def linear(q, k, v, *, causal=False, eps=1e-6, form="quadratic", fault=""):
+    def phi(x):
+        if fault == "relu for elu + 1":
+            return np.maximum(x, 0)
+        return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+    k, v = (per_query_head(x, q.shape[1]) for x in (k, v))
+    a = phi(q) @ (k if fault == "keys without feature map" else phi(k)).swapaxes(2, 3)
+    a = np.where(aligned(q.shape[2], k.shape[2], causal, late=-1 if fault == "own key not seen" else 0), a, a.dtype.type(0))
+    total = a.sum(-1, keepdims=True) + (0 if fault == "eps left out" else eps)
+    return a @ v if fault == "not normalised" else (a @ v) / np.where(total != 0, total, a.dtype.type(1))
+
+
+def retention(q, k, v, decay, initial_state=None, *, scale=None, form="parallel", fault=""):
+    batch, heads, n, d = q.shape
+    state = np.zeros((batch, k.shape[1], d, v.shape[3]), q.dtype)
+    if initial_state is not None and fault != "initial state ignored":
+        state = state + initial_state
+    gamma = decay[:, None, None]
+    out = np.zeros((batch, heads, n, v.shape[3]), q.dtype)
+    for t in range(n):
+        write = k[:, :, t, :, None] * v[:, :, t, None, :]
+        if fault == "decay off by one":  # the newest token fades too
+            state = gamma * (state + write)
+        elif fault == "decay dropped":
+            state = state + write
+        else:
+            state = gamma * state + write
+        read = state - write if fault == "own token not read" else state
+        read = np.tile(read, (1, heads // k.shape[1], 1, 1)) if fault == "heads tiled" else per_query_head(read, heads)
+        out[:, :, t] = np.einsum("bhd,bhde->bhe", q[:, :, t], read)
+    out = out * (d**-0.5 if scale is None and fault != "scale omitted" else 1.0 if scale is None else scale)
+    return out, state.swapaxes(2, 3).copy() if fault == "state transposed" and state.shape[2] == state.shape[3] else state
+
+
+#: Variant -> (transcription, what it returns, its faults).
+TRANSCRIPTIONS = {
+    "additive": (additive, ("out",), ("tanh left out", "bias dropped", "product for sum")),
+    "article_sdpa": (article_sdpa, ("out", "weights"), ("the axis that was meant", "axis ignored", "mask inverted")),
+    "cosine_residual": (cosine_residual, ("out",), ("residual left out", "one side not normalised", "unit vectors averaged")),
+    "linear": (
+        linear,
+        ("out",),
+        ("not normalised", "relu for elu + 1", "keys without feature map", "own key not seen", "eps left out"),
+    ),
+    "luong_concat": (luong_concat, ("out",), ("tanh left out", "keys first")),
+    "luong_dot": (luong_dot, ("out",), ("scaled", "keys backwards")),
+    "luong_general": (luong_general, ("out",), ("map left out",)),
+    "multi_head": (
+        multi_head,
+        ("out",),
+        ("biases dropped", "output bias dropped", "value's tokens from the key", "heads tiled", "root of the model width"),
+    ),
+    "retention": (
+        retention,
+        ("out", "state"),
+        ("decay off by one", "decay dropped", "own token not read", "initial state ignored", "scale omitted", "heads tiled", "state transposed"),
+    ),
+    "sigmoid": (
+        sigmoid,
+        ("out",),
+        ("shift left out", "shift of the number of queries", "hidden scores of zero", "normalised"),
+    ),
+}
+
+
+def transcription(variant: str, fault: str = ""):
+    """The variant's transcription as `refattn.check` takes a function, with one fault or none."""
+    function = TRANSCRIPTIONS[variant][0]
+    return functools.partial(function, fault=fault) if fault else function

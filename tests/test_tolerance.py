@@ -1,0 +1,337 @@
+"""Bounds hold for arithmetic emulated rounding by rounding, are not far larger than the errors, and tell real faults from rounding."""
+
+import dataclasses
+import math
+
+import ml_dtypes
+import numpy as np
+import planted
+import pytest
+
+import refattn as ra
+from refattn import catalog, definition
+from refattn.candidate import Candidate
+from refattn.oracle import judge, probes, profiles
+from refattn.oracle.bounds import spread
+from refattn.oracle.bounds.perturbed import perturbed
+from refattn.oracle.bounds.products import products
+from refattn.oracle.bounds.scored import Scored
+from refattn.oracle.tolerance import tolerances
+from refattn.precision import as_dtype, round_to
+from refattn.problem import bind
+from refattn.spec import UNBOUNDED, shape
+
+VARIANTS = ra.variants()
+CERTAIN = 1e9  # so many standard deviations that only the worst case counts
+TEXTBOOK, ONLINE = planted.right(tile=planted.FAR), planted.right(tile=64)
+
+
+def normal(rng, n, d=64):
+    return tuple(rng.standard_normal((1, 1, m, d)) for m in (32, n, n))
+
+
+def peaked(rng, n):
+    q, k, v = normal(rng, n)
+    return 8 * q, k, v
+
+
+def positive(rng, n):
+    q, k, v = normal(rng, n)
+    return q, k, np.abs(v) + 0.5
+
+
+def equal_keys(rng, n):
+    q, k, v = normal(rng, n)
+    return q, np.broadcast_to(k[:, :, :1], k.shape), v
+
+
+def drawn(data, n, dtype, seed=0):
+    return tuple(round_to(np.ascontiguousarray(x), as_dtype(dtype)) for x in data(np.random.default_rng(seed), n))
+
+
+def worst_ratio(stages, operands, **params):
+    report = ra.compare(planted.attend(stages, *operands, **params), "softmax", *operands, returns=("out", "lse"), **params)
+    return report.worst.ratio
+
+
+def everything(variant):
+    """The quick suite for an implementation that takes all there is, without NaN."""
+    named = variant.operands, variant.params
+    asked = Candidate("all", lambda operands, params: None, *(frozenset(x.name for x in names) for names in named))
+    return [p for p in probes.suite("quick", variant, asked, np.dtype(np.float32), {}).probes if p.decides]
+
+
+def bound_to(variant, probe):
+    return bind(variant, (), {**probe.operands, **probe.params}, [o.name for o in variant.outputs])
+
+
+# ---- bounds hold, and are worth having ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [128, 1024, 4096])
+@pytest.mark.parametrize("data", [normal, peaked, positive, equal_keys])
+@pytest.mark.parametrize("dtype, stages", [("float32", TEXTBOOK), ("float32", ONLINE), ("bfloat16", ONLINE), ("float16", ONLINE)])
+def test_errors_stay_within_the_tolerance_and_within_reach_of_it(dtype, stages, data, n):
+    ratio = worst_ratio(stages, drawn(data, n, dtype))
+    assert 0.01 < ratio < 1
+
+
+@pytest.mark.parametrize("data", [normal, peaked, positive, equal_keys])
+@pytest.mark.parametrize("dtype, stages", [("float32", TEXTBOOK), ("float32", ONLINE), ("bfloat16", ONLINE)])
+def test_the_worst_case_holds_alone_and_is_never_below_the_tolerance(monkeypatch, dtype, stages, data):
+    operands = drawn(data, 512, dtype)
+    usual = ra.tolerance("softmax", *operands)
+    monkeypatch.setattr("refattn.oracle.tolerance.spread", lambda count, alpha: CERTAIN)
+    certain = ra.tolerance("softmax", *operands)
+    assert all(np.all(few <= many) for few, many in zip(usual, certain, strict=True))
+    assert any(np.any(few < many) for few, many in zip(usual, certain, strict=True))  # in peaked rows one term is all, and the same
+    assert worst_ratio(stages, operands) < 1
+
+
+@pytest.mark.parametrize("n", [200, 3000])
+@pytest.mark.parametrize("same_keys, same_values", [(True, True), (True, False), (False, True)])
+def test_repeated_terms_whose_roundings_all_go_one_way_stay_within(n, same_keys, same_values):
+    """Sums from left to right of one number over and over: their error grows with n, not with its root."""
+    rng = np.random.default_rng(n)
+    q, k, v = (rng.standard_normal((m, 8)).astype(np.float32) for m in (16, n, n))
+    k[:], v[:] = (k[:1] if same_keys else k), (v[:1] if same_values else v)
+    scores = np.zeros((16, n), np.float32)
+    for x in range(8):
+        scores += q[:, x, None] * k[:, x]
+    weights = np.exp(scores * np.float32(8**-0.5) - (scores * np.float32(8**-0.5)).max(axis=1, keepdims=True))
+    total, out = np.zeros((16, 1), np.float32), np.zeros((16, 8), np.float32)
+    for j in range(n):
+        total += weights[:, j, None]
+        out += weights[:, j, None] * v[j]
+    heads = (x[None, None] for x in (q, k, v))
+    assert ra.compare((out / total)[None, None], "softmax", *heads).worst.ratio < 1
+
+
+def test_errors_common_to_numerator_and_denominator_count_with_the_spread_of_the_values():
+    """o^ - o = sum_j p_j e_j (v_j - o) / (1 + sum_j p_j e_j), whatever the e_j."""
+    rng = np.random.default_rng(0)
+    w, v, e = rng.exponential(size=50), rng.standard_normal(50), rng.uniform(-0.5, 0.5, 50)
+    p, o = w / w.sum(), w @ v / w.sum()
+    moved = (w * (1 + e)) @ v / (w * (1 + e)).sum()
+    assert moved - o == pytest.approx((p * e) @ (v - o) / (1 + p @ e), rel=1e-12)
+    constant = np.full(50, 3.0)
+    assert (w * (1 + e)) @ constant / (w * (1 + e)).sum() == pytest.approx(3.0, rel=1e-15)
+
+
+# ---- real faults are larger than rounding -------------------------------------------------------------------------------------------
+
+
+def hide_the_last(n_q, n_k, width):
+    return planted.tiles(n_q, n_k - 1, width)
+
+
+@pytest.mark.parametrize(
+    "fault, data, n, params",
+    [
+        ({"factor": lambda scale, d, d_v, heads: 1.01 * d**-0.5}, normal, 1024, {}),
+        ({"tiles": hide_the_last}, normal, 2000, {}),
+        ({"visible": planted.moved_window(more_left=1)}, normal, 1024, {"window": (255, 0), "causal": True}),
+        ({"finished": planted.capped_as(lambda s, cap, scale: s)}, peaked, 1024, {"softcap": 50.0}),
+        ({"finished": planted.scores_through(ml_dtypes.bfloat16)}, peaked, 1024, {}),
+    ],
+    ids=["scale 1 % wrong", "last of 2000 keys dropped", "window of 257 for 256", "soft-cap missing", "scores stored in bfloat16"],
+)
+def test_small_faults_show_through_bfloat16(fault, data, n, params):
+    operands = drawn(data, n, "bfloat16")
+    assert worst_ratio(ONLINE, operands, **params) < 1
+    assert worst_ratio(dataclasses.replace(ONLINE, **fault), operands, **params) > 1
+
+
+# ---- every variant ---------------------------------------------------------------------------------------------------------------------
+
+
+class Arithmetic:
+    """NumPy and math for a definition that is to run in another precision: arrays of `dtype`, and functions that return it."""
+
+    inf, nan = np.inf, np.nan
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def zeros(self, size):
+        return np.zeros(size, self.dtype)
+
+    def full(self, size, value):
+        return np.full(size, value, self.dtype)
+
+    def __getattr__(self, name):
+        return lambda *numbers: getattr(np, name)(*(self.dtype(x) for x in numbers))
+
+
+def in_precision(problem, dtype):
+    """All outputs of the definition, its source run on numbers of `dtype`."""
+    define, kind = problem.variant.define, Arithmetic(dtype)
+    known = {**define.__globals__, "np": kind, "math": kind}
+    run = type(define)(define.__code__, known, define.__name__, define.__defaults__)
+    arrays = (x if x.dtype == bool else x.astype(dtype) for x in problem.arrays)
+    arguments = (dtype(a) if isinstance(a, float) else a for a in problem.arguments)
+    with np.errstate(all="ignore"):
+        results = run(*arrays, *arguments)
+    results = results if isinstance(results, tuple) else (results,)
+    return {o.name: x for o, x in zip(problem.variant.outputs, results, strict=True)}
+
+
+SMALL = {"B": 1, "Hq": 2, "Hkv": 1, "T": 4, "S": 37, "D": 6, "E": 5, "Dq": 6, "Dk": 5, "A": 7, "M": 9}
+
+
+def small_problems(name):
+    """The variant at its defaults and at each other value of each parameter, with and without its optional operands."""
+    variant, rng = catalog.variant(name), np.random.default_rng(5)
+    dims = SMALL if "S" in variant.axes else {**SMALL, "T": 21}
+    for params in [{}, *({p.name: value} for p in variant.params for value in p.tries)]:
+        for optional in (False, True):
+            operands = {}
+            for o in variant.operands:
+                if optional or not o.optional:
+                    x = np.asarray(o.draw(rng, shape(o.axes, dims)))
+                    operands[o.name] = x > -1 if o.kind == "boolean" else x.astype(np.float32)
+            yield bind(variant, (), {**operands, **params}, [o.name for o in variant.outputs])
+
+
+def ratios(problem, got, truth, profile):
+    allowed = tolerances(problem, truth, profile)
+    return {name: judge.ratio(x.astype(np.float64), truth[name], allowed[name]).max(initial=0.0) for name, x in got.items()}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_output_of_every_definition_in_float32_is_within_its_tolerance(name):
+    largest: dict[str, float] = {}
+    for problem in small_problems(name):
+        found = ratios(problem, in_precision(problem, np.float32), definition.run(problem), profiles.resolve("math", np.dtype(np.float32)))
+        for output, r in found.items():
+            assert r < 1, (output, problem.params, r)
+            largest[output] = max(largest.get(output, 0.0), r)
+    assert all(r > 1e-3 for r in largest.values()), f"a tolerance nothing comes near: {largest}"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_worst_case_holds_for_every_variant(monkeypatch, name):
+    monkeypatch.setattr("refattn.oracle.tolerance.spread", lambda count, alpha: CERTAIN)
+    for problem in small_problems(name):
+        found = ratios(problem, in_precision(problem, np.float32), definition.run(problem), profiles.resolve("math", np.dtype(np.float32)))
+        assert all(r < 1 for r in found.values()), (problem.params, found)
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).eps > 2.0**-60, reason="long double is double here")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_against_float64_the_definitions_own_error_is_allowed_for(name):
+    """Both it and a correct candidate may be off by half the tolerance."""
+    profile = profiles.resolve("math", np.dtype(np.float64))
+    for problem in small_problems(name):
+        double = dataclasses.replace(problem, dtype=np.dtype(np.float64))
+        truth, exact = definition.run(double), in_precision(double, np.longdouble)
+        allowed = tolerances(double, truth, profile)
+        for output, x in exact.items():
+            seen = np.isfinite(truth[output])
+            assert np.all(np.abs(x[seen] - truth[output][seen]) <= allowed[output][seen] / 2)
+
+
+def test_a_float64_tolerance_is_twice_the_bound():
+    operands = drawn(normal, 50, "float64")
+    problem = bind(catalog.variant("softmax"), operands, {}, ["out"])
+    truth, profile = definition.run(problem), profiles.resolve("math", np.dtype(np.float64))
+    once = Scored(problem, truth, problem.variant.plan(problem.dims, problem.params), profile, spread(truth["out"].size, 1e-3)).bounds()["out"]
+    unit, tiny = 2.0**-53, 2.0**-1074
+    expected = 2 * once + unit * (np.abs(truth["out"]) + 2 * once) + tiny
+    np.testing.assert_allclose(tolerances(problem, truth, profile)["out"], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tolerances_are_positive_and_finite_wherever_the_answer_is(name):
+    variant = catalog.variant(name)
+    for probe in everything(variant):
+        problem = bound_to(variant, probe)
+        truth = definition.run(problem)
+        for output, allowed in tolerances(problem, truth, profiles.resolve(None, np.dtype(np.float32))).items():
+            assert allowed.shape == truth[output].shape
+            assert np.all(allowed > 0), (probe.title, output)
+            assert np.all(np.isfinite(allowed[np.isfinite(truth[output])])), (probe.title, output)
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANTS if {"mask"} <= {o.name for o in catalog.variant(n).operands} and n != "article_sdpa"])
+def test_what_no_query_sees_does_not_reach_a_tolerance(name):
+    variant = catalog.variant(name)
+    rng = np.random.default_rng(0)
+    operands = {o.name: o.draw(rng, shape(o.axes, SMALL)) for o in variant.operands if not o.optional}
+    mask = np.arange(SMALL["S"]) < 20
+    plan = variant.plan(SMALL, {p.name: p.default for p in variant.params})
+    found = []
+    for fill in (0.0, np.nan, np.inf, 1e30):
+        poisoned = {n: x.copy() for n, x in operands.items()}
+        for part in {plan.key, plan.value}:
+            poisoned[part][..., 20:, :] = fill
+        problem = bind(variant, (), {**poisoned, "mask": mask}, ["out"])
+        found.append(tolerances(problem, definition.run(problem), profiles.resolve("math", np.dtype(np.float32)))["out"])
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
+def test_hidden_keys_and_values_do_not_move_a_causal_windowed_tolerance():
+    q, k, v = drawn(normal, 64, "float32")
+    hidden = np.s_[:, :, :20]
+    usual = ra.tolerance("softmax", q, k, v, window=(5, 0))
+    k[hidden], v[hidden] = np.nan, np.inf
+    for one, two in zip(usual, ra.tolerance("softmax", q, k, v, window=(5, 0)), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+# ---- families and options --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_nobody_analysed_is_bounded_by_how_its_definition_bends(name):
+    """The same definitions without plan or family: the statistical bound by perturbation holds for them too."""
+    for problem in small_problems(name):
+        unknown = dataclasses.replace(problem, variant=dataclasses.replace(problem.variant, plan=None, family="learner"))
+        truth = definition.run(problem)
+        found = ratios(unknown, in_precision(problem, np.float32), truth, profiles.resolve("math", np.dtype(np.float32)))
+        assert found["out"] < 1, (problem.params, found)
+
+
+def test_each_family_is_bounded_by_its_own_analysis():
+    profile, f32 = profiles.resolve("math", np.dtype(np.float32)), np.dtype(np.float32)
+    for name, analysis in (("linear", products), ("retention", products)):
+        problem = next(small_problems(name))
+        truth = definition.run(problem)
+        lam = spread(sum(truth[output].size for output in problem.returns), 1e-3)
+        bound = analysis(problem, dict(truth), profile, lam)["out"]
+        unit, tiny = np.finfo(f32).eps / 2, float(np.finfo(f32).smallest_subnormal)
+        np.testing.assert_allclose(tolerances(problem, truth, profile)["out"], bound + unit * (np.abs(truth["out"]) + bound) + tiny, rtol=1e-12)
+        loose = perturbed(problem, dict(truth), profile, lam)["out"]
+        assert not np.allclose(bound, loose)
+
+
+def test_how_many_deviations_are_allowed_follows_from_the_chance_of_a_false_alarm():
+    assert spread(10**6, 1e-3) == pytest.approx(6.5, abs=0.1)
+    assert spread(10**6, 1e-3) == math.sqrt(2 * math.log(2e9))
+    assert spread(10, 1e-3) < spread(10, 1e-6) < spread(10**5, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
+def test_more_is_allowed_to_whoever_rounds_more(dtype):
+    operands = drawn(normal, 40, dtype)
+    math_, flash, eager = (ra.tolerance("softmax", *operands, profile=name).out.mean() for name in ("math", "flash", "eager"))
+    assert math_ < flash < eager
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_eager_arithmetic_in_a_wide_format_is_the_textbooks(dtype):
+    operands = drawn(normal, 40, dtype)
+    np.testing.assert_array_equal(*(ra.tolerance("softmax", *operands, profile=name).out for name in ("math", "eager")))
+
+
+def test_tolerances_come_in_the_callers_layout():
+    q, k, v = (np.ones((2, n, 3, d), np.float32) for n, d in ((4, 6), (5, 6), (5, 7)))
+    found = ra.tolerance("softmax", q, k, v, layout="BTHD")
+    assert found.out.shape == (2, 4, 3, 7) and found.lse.shape == (2, 3, 4) and found.weights.shape == (2, 3, 4, 5)
+    assert ra.tolerance("softmax", q, k, v, layout="BTHD", returns="lse")._fields == ("lse",)
+
+
+def test_a_window_side_without_limit_is_allowed_as_much_as_no_window():
+    operands = drawn(normal, 30, "float32")
+    np.testing.assert_array_equal(ra.tolerance("softmax", *operands, window=(UNBOUNDED, None)).out, ra.tolerance("softmax", *operands).out)
