@@ -15,6 +15,8 @@ import pytest
 
 from refattn import catalog
 
+pytestmark = pytest.mark.compiled
+
 ROOT = Path(__file__).parents[1]
 MODULES = [info.name for info in pkgutil.iter_modules([str(ROOT / "benchmarks")]) if info.name.startswith("bench_")]
 KINDS = ("time_", "timeraw_", "peakmem_", "track_")

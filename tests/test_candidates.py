@@ -13,6 +13,8 @@ from refattn.candidate import Candidate, Inexpressible
 from refattn.catalog import variant
 from refattn.oracle.candidates import candidate
 
+pytestmark = pytest.mark.compiled
+
 SOFTMAX = variant("softmax")
 
 

@@ -17,6 +17,8 @@ from refattn import adapters, cli
 from refattn.adapters import numpy as numpy_adapter
 from refattn.oracle import vectors
 
+pytestmark = pytest.mark.compiled
+
 EXAMPLE = f"{Path(__file__).parents[1] / 'examples' / 'planted_bug.py'}:attention"
 
 MINE = '''

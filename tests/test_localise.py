@@ -13,6 +13,8 @@ from refattn.oracle.localise import Finding, channels, localise
 from refattn.oracle.probes import Probe
 from refattn.problem import bind
 
+pytestmark = pytest.mark.compiled
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "planted_bug.py"
 
 

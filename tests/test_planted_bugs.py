@@ -9,6 +9,8 @@ from refattn import catalog
 from refattn.oracle import probes
 from refattn.precision import as_dtype
 
+pytestmark = pytest.mark.compiled
+
 DTYPES = ("float32", "bfloat16")
 TILES = (5, 16, planted.FAR)
 VARIANTS = tuple(planted_variants.TRANSCRIPTIONS)

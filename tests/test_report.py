@@ -11,6 +11,8 @@ from rich.console import Console
 import refattn as ra
 from refattn.oracle.report import _folded
 
+pytestmark = pytest.mark.compiled
+
 RIGHT, CAPLESS = planted.candidate(planted.RIGHT, "kernel"), planted.planted("X12 soft-cap dropped")
 
 

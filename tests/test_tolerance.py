@@ -21,6 +21,8 @@ from refattn.precision import as_dtype, round_to
 from refattn.problem import bind
 from refattn.spec import UNBOUNDED, shape
 
+pytestmark = pytest.mark.compiled
+
 VARIANTS = ra.variants()
 CERTAIN = 1e9  # so many standard deviations that only the worst case counts
 TEXTBOOK, ONLINE = planted.right(tile=planted.FAR), planted.right(tile=64)

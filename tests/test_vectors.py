@@ -16,6 +16,8 @@ from refattn.catalog import variant
 from refattn.oracle import vectors
 from refattn.problem import bind
 
+pytestmark = pytest.mark.compiled
+
 NAMES = ("softmax", "retention", "luong_dot")
 
 
