@@ -6,15 +6,13 @@ from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import catalog, costs, definition, precision, problem
+from . import backends, catalog, costs, definition, precision, problem
 from .costs import Cost
 from .describe import Description, bibtex, described
-from .errors import BackendUnavailableError, OperandError, ParameterError
+from .errors import OperandError
 
 if TYPE_CHECKING:
     from .oracle.report import Report
-
-BACKENDS = ("auto", "definition", "cpu", "cuda")
 
 
 def attend(
@@ -57,8 +55,7 @@ def attend(
     """
     call = problem.bind(catalog.variant(name), operands, keywords, returns, layout)
     targets = None if out is None else problem.check_out(call, out)
-    _choose(name, backend)
-    return problem.release(call, definition.run(call), targets)
+    return problem.release(call, backends.run(call, backend), targets)
 
 
 def attention(q: Any, k: Any, v: Any, **keywords: Any) -> Any:
@@ -147,16 +144,8 @@ def gradients(
     options = {word: x for word, x in keywords.items() if word not in named}
     call = problem.bind(variant, operands, options, tuple(cotangents), layout)
     checked = {output: derivatives.check_cotangent(call, output, x) for output, x in cotangents.items()}
-    _choose(name, backend)
+    backends.choose_backward(call, backend)
     return derivatives.release(call, derivatives.gradients(call, checked))
-
-
-def _choose(name: str, backend: str) -> str:
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ParameterError(f"{name}: {catalog.unknown('backend', backend, BACKENDS)}")
-    if backend in ("cpu", "cuda"):
-        raise BackendUnavailableError(f"{name}: backend {backend!r} is not part of this version; use 'definition' or 'auto'")
-    return "definition"
 
 
 # ---- know --------------------------------------------------------------------------------------------------------------------

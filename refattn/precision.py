@@ -95,10 +95,12 @@ def is_real(dtype: np.dtype) -> bool:
 
 
 def round_to(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """float64 values rounded once, to nearest even, into `dtype`.
+    """Values rounded once, to nearest even, into `dtype`.
 
     Overflow follows the format: to infinity where it has one, to NaN in float8_e4m3fn and the other formats without.
     """
+    if x.dtype == dtype:
+        return x
     if dtype.itemsize >= 4 or dtype == np.float16:
         with np.errstate(over="ignore"):
             return np.asarray(x, np.float64).astype(dtype)
