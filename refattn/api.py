@@ -114,7 +114,7 @@ def gradients(
     -------
     namedtuple of ndarray
         ``d_q, d_k, ...`` in operand order, each in the shape and dtype its operand was given in.  Its attribute ``errors`` maps those
-        names to an estimate of the absolute error before rounding, per element.
+        names to an estimate of the absolute error before rounding, per element, where a definition was differentiated.
 
     Raises
     ------
@@ -122,8 +122,9 @@ def gradients(
 
     Notes
     -----
-    The definition is differentiated numerically (`refattn.derivatives`), about 17 evaluations for each element of each operand: made for
-    small problems.  Elements and outputs that are not finite count as constants.
+    The CPU engine recomputes weights from lse and needs memory proportional to the sequences.  A definition is differentiated numerically
+    (`refattn.derivatives`), about 17 evaluations for each element of each operand: made for small problems; there, elements and outputs
+    that are not finite count as constants.
 
     Examples
     --------
@@ -144,8 +145,7 @@ def gradients(
     options = {word: x for word, x in keywords.items() if word not in named}
     call = problem.bind(variant, operands, options, tuple(cotangents), layout)
     checked = {output: derivatives.check_cotangent(call, output, x) for output, x in cotangents.items()}
-    backends.choose_backward(call, backend)
-    return derivatives.release(call, derivatives.gradients(call, checked))
+    return derivatives.release(call, backends.gradients(call, checked, backend))
 
 
 # ---- know --------------------------------------------------------------------------------------------------------------------
@@ -187,7 +187,8 @@ def describe(name: str) -> Description:
     ------
     UnknownVariantError
     """
-    return described(catalog.variant(name))
+    variant = catalog.variant(name)
+    return described(variant, backends.of(variant))
 
 
 def cite(name: str) -> str:

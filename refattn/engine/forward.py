@@ -39,9 +39,50 @@ def blocks(n_rows, per_block):
 
 
 @njit(error_model="numpy", cache=True)
+def find_rows(a, b, g, group, begin, end, n, table):
+    """table[r - begin] = bytes from the start of `a` to row r of a batch and key-value head; past the end, to the last row."""
+    for r in range(begin, begin + n):
+        row = min(r, end - 1)
+        table[r - begin] = b * a.strides[0] + (g * group + row % group) * a.strides[1] + row // group * a.strides[2]
+
+
+@njit(error_model="numpy", cache=True)
+def load_panels(a, b, g, group, begin, end, n_panels, table, panels):
+    """Rows begin to end of `a`, transposed into panels."""
+    step, w, d = lanes(a), width(a), a.shape[3]
+    whole = d // step * step
+    find_rows(a, b, g, group, begin, end, n_panels * w, table)
+    for p in range(n_panels):
+        for lane in range(0, w, step):
+            for x in range(0, whole, step):
+                transpose_in(a, table, p * w + lane, x, panels, (p * d + x) * w + lane, w)
+        for lane in range(w if whole < d else 0):
+            row = min(begin + p * w + lane, end - 1)
+            for x in range(whole, d):
+                panels[(p * d + x) * w + lane] = a[b, g * group + row % group, row // group, x]
+
+
+@njit(error_model="numpy", cache=True)
+def store_panels(panels, d, a, b, g, group, begin, end, n_panels, table):
+    """The way back."""
+    step, w = lanes(a), width(a)
+    find_rows(a, b, g, group, begin, end, n_panels * w, table)
+    for p in range(n_panels):
+        for lane in range(0, w, step):
+            number = p * w + lane
+            whole = d // step * step if begin + number + step <= end else 0  # a vector of lanes that all have rows
+            for x in range(0, whole, step):
+                transpose_out(panels, (p * d + x) * w + lane, w, a, table, number, x)
+            for r in range(number, min(number + step, end - begin)):
+                row = begin + r
+                for x in range(whole, d):
+                    a[b, g * group + row % group, row // group, x] = panels[(p * d + x) * w + r - p * w]
+
+
+@njit(error_model="numpy", cache=True)
 def block(task, q, k, v, bias, sinks, first, last, scale, cap, out, lse, space):
     """One task; `first` and `last` are each query's range of keys, `bias` has no element where there is none, `cap` is 0 where there is none."""
-    batch, heads, n_q, d = q.shape
+    _, heads, n_q, d = q.shape
     kv_heads, n_k, e = k.shape[1], k.shape[2], v.shape[3]
     group = heads // kv_heads
     step, w, n_rows = lanes(q), width(q), n_q * group
@@ -51,29 +92,16 @@ def block(task, q, k, v, bias, sinks, first, last, scale, cap, out, lse, space):
     begin = (n_blocks - 1 - task % n_blocks) * per_block  # the longest rows of a causal mask first
     end = min(begin + per_block, n_rows)
     n_panels = (end - begin + w - 1) // w
-    queries, outputs, tile_scores, tile_values, square, stats, bounds, q_rows, out_rows, bias_rows = space
+    queries, outputs, tile_scores, tile_values, square, stats, bounds, table, bias_table = space
     plain = bias.size == 0 and cap == 0.0  # scores are used as they come, their scale folded into the exponential
     keys = k[b, g]
-    base_q = b * q.strides[0]
-    base_out = b * out.strides[0]
 
-    for r in range(begin, begin + n_panels * w):  # a lane without a row repeats the last one, and is not written back
-        row = min(r, end - 1)
+    load_panels(q, b, g, group, begin, end, n_panels, table, queries)
+    for r in range(begin, begin + n_panels * w):
+        row = min(r, end - 1)  # a lane without a row repeats the last one, and is not written back
         h, i = g * group + row % group, row // group
-        q_rows[r - begin] = base_q + h * q.strides[1] + i * q.strides[2]
-        out_rows[r - begin] = base_out + h * out.strides[1] + i * out.strides[2]
-        bias_rows[r - begin] = b * bias.strides[0] + h * bias.strides[1] + i * bias.strides[2]
-        bounds[0, r - begin] = first[i]
-        bounds[1, r - begin] = last[i]
-    for p in range(n_panels):
-        whole = d // step * step
-        for l in range(0, w, step):
-            for x in range(0, whole, step):
-                transpose_in(q, q_rows, p * w + l, x, queries, (p * d + x) * w + l, w)
-        for l in range(w):
-            row = min(begin + p * w + l, end - 1)
-            for x in range(whole, d):
-                queries[(p * d + x) * w + l] = q[b, g * group + row % group, row // group, x]
+        bounds[0, r - begin], bounds[1, r - begin] = first[i], last[i]
+        bias_table[r - begin] = b * bias.strides[0] + h * bias.strides[1] + i * bias.strides[2]
     outputs[: n_panels * e * w] = 0.0
     stats[0, :] = -np.inf
     stats[1, :] = -np.inf
@@ -95,9 +123,9 @@ def block(task, q, k, v, bias, sinks, first, last, scale, cap, out, lse, space):
         for p in range(n_panels):
             lane = p * w
             some_first, some_last, all_first, all_last = n_k, 0, 0, n_k  # keys that some lane sees, and that all see
-            for l in range(lane, lane + w):
-                some_first, all_first = min(some_first, int(bounds[0, l])), max(all_first, int(bounds[0, l]))
-                some_last, all_last = max(some_last, int(bounds[1, l])), min(all_last, int(bounds[1, l]))
+            for one in range(lane, lane + w):
+                some_first, all_first = min(some_first, int(bounds[0, one])), max(all_first, int(bounds[0, one]))
+                some_last, all_last = max(some_last, int(bounds[1, one])), min(all_last, int(bounds[1, one]))
             here, there = max(start, some_first), min(stop, some_last)
             if here >= there:
                 continue
@@ -105,53 +133,45 @@ def block(task, q, k, v, bias, sinks, first, last, scale, cap, out, lse, space):
             whole_there = max(min(there, all_last), whole_here)
             q_at = p * d * w
             n, at, end_at = there - here, (whole_here - here) * w, (whole_there - here) * w
-            scores(keys, here, whole_here, queries, q_at, d, tile_scores, 0, stats[0], lane, False)
-            scores(keys, whole_here, whole_there, queries, q_at, d, tile_scores, at, stats[0], lane, plain)
-            scores(keys, whole_there, there, queries, q_at, d, tile_scores, end_at, stats[0], lane, False)
+            scores(keys, here, whole_here, queries, q_at, d, tile_scores, 0, w, stats[0], lane, False)
+            scores(keys, whole_here, whole_there, queries, q_at, d, tile_scores, at, w, stats[0], lane, plain)
+            scores(keys, whole_there, there, queries, q_at, d, tile_scores, end_at, w, stats[0], lane, False)
             if plain:
-                hide(tile_scores, 0, here, whole_here - here, bounds[0], bounds[1], lane, stats[0], lane)
-                hide(tile_scores, end_at, whole_there, there - whole_there, bounds[0], bounds[1], lane, stats[0], lane)
+                hide(tile_scores, 0, w, here, whole_here - here, bounds[0], bounds[1], lane, stats[0], lane)
+                hide(tile_scores, end_at, w, whole_there, there - whole_there, bounds[0], bounds[1], lane, stats[0], lane)
             else:
-                soft_cap(tile_scores, 0, n, scale, cap)
+                soft_cap(tile_scores, 0, w, n, scale, cap)
                 if bias.size:
-                    add_bias(tile_scores, 0, here, n, bias, bias_rows, lane, square)
-                hide(tile_scores, 0, here, n, bounds[0], bounds[1], lane, stats[0], lane)
+                    add_bias(tile_scores, 0, w, here, n, bias, bias_table, lane, square)
+                hide(tile_scores, 0, w, here, n, bounds[0], bounds[1], lane, stats[0], lane)
             exponentials(tile_scores, 0, n, factor, stats[0], stats[1], stats[2], stats[3], lane)
             seen = tile_values[(here - start) * row_step :]
             if odd == 0.0:
-                values(seen, row_step, n, e, tile_scores, 0, outputs, p * e * w, stats[3], lane)
+                values(seen, row_step, n, e, tile_scores, 0, w, outputs, p * e * w, stats[3], lane)
             else:
-                skipping_values(seen, row_step, n, e, tile_scores, 0, outputs, p * e * w, stats[3], lane)
+                skipping_values(seen, row_step, n, e, tile_scores, 0, w, outputs, p * e * w, stats[3], lane)
 
     for r in range(begin, end):
-        l = r - begin
+        n = r - begin
         h, i = g * group + r % group, r // group
-        top, total = stats[0, l], stats[2, l]
+        top, total = stats[0, n], stats[2, n]
         if plain and top != -np.inf:  # a scale of 0 times -inf would be NaN
             top *= scale
         most = max(top, sinks[h])
         if most == -np.inf:  # sees nothing
-            stats[3, l] = 0.0
+            stats[3, n] = 0.0
             lse[b, h, i] = -np.inf
             continue
         fade = math.exp(top - most)
         total = total * fade + math.exp(sinks[h] - most)
-        stats[3, l] = fade / total
+        stats[3, n] = fade / total
         lse[b, h, i] = most + math.log(total)
     for p in range(n_panels):
         for x in range(e):
-            for l in range(0, w, step):
-                at = (p * e + x) * w + l
-                store(outputs, at, mul(load(outputs, at), load(stats, (3, p * w + l))))
-        whole = e // step * step
-        for l in range(0, w, step):
-            full = begin + p * w + l + step <= end
-            for x in range(0, whole if full else 0, step):
-                transpose_out(outputs, (p * e + x) * w + l, w, out, out_rows, p * w + l, x)
-            for r in range(p * w + l, min(p * w + l + step, end - begin)):
-                row = begin + r
-                for x in range(whole if full else 0, e):
-                    out[b, g * group + row % group, row // group, x] = outputs[(p * e + x) * w + r - p * w]
+            for lane in range(0, w, step):
+                at = (p * e + x) * w + lane
+                store(outputs, at, mul(load(outputs, at), load(stats, (3, p * w + lane))))
+    store_panels(outputs, e, out, b, g, group, begin, end, n_panels, table)
 
 
 @njit(error_model="numpy", cache=True)
@@ -161,7 +181,7 @@ def workspace(q, e):
     queries, outputs = np.empty(n * d, q.dtype), np.empty(n * e, q.dtype)
     tile_scores, tile_values = np.empty(TILE * w, q.dtype), np.empty(TILE * (e + PAD), q.dtype)
     square, stats, bounds = np.empty(lanes(q) * lanes(q), q.dtype), np.empty((4, n), q.dtype), np.empty((2, n), q.dtype)
-    return queries, outputs, tile_scores, tile_values, square, stats, bounds, np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
+    return queries, outputs, tile_scores, tile_values, square, stats, bounds, np.empty(n, np.int64), np.empty(n, np.int64)
 
 
 @njit(error_model="numpy", nogil=True, cache=True)

@@ -29,6 +29,7 @@ from .simd import (
     splat,
     store,
     sub,
+    times_unless_zero,
     transpose_in,
     where_less,
     with_sign,
@@ -62,8 +63,8 @@ def raise_to(top, at, x, y, z):
 
 
 @njit(error_model="numpy", cache=True)
-def scores(k, first, last, q, q_at, d, s, s_at, top, top_at, fold):
-    """s[j - first] = k[j] . q for the keys from first to last; with `fold`, top becomes the larger of itself and each of them."""
+def scores(k, first, last, q, q_at, d, s, s_at, s_step, top, top_at, fold):
+    """Row j - first of s = k[j] . q for the keys from first to last; with `fold`, top becomes the larger of itself and each of them."""
     step, w = lanes(q), width(q)
     j, at = first, s_at
     while j + 4 <= last:
@@ -79,15 +80,15 @@ def scores(k, first, last, q, q_at, d, s, s_at, top, top_at, fold):
             one = splat(k, (j + 3, x))
             d0, d1, d2 = fma(one, q0, d0), fma(one, q1, d1), fma(one, q2, d2)
         put(s, at, a0, a1, a2)
-        put(s, at + w, b0, b1, b2)
-        put(s, at + 2 * w, c0, c1, c2)
-        put(s, at + 3 * w, d0, d1, d2)
+        put(s, at + s_step, b0, b1, b2)
+        put(s, at + 2 * s_step, c0, c1, c2)
+        put(s, at + 3 * s_step, d0, d1, d2)
         if fold:
             x0, x1, x2 = maximum(a0, b0), maximum(a1, b1), maximum(a2, b2)
             y0, y1, y2 = maximum(c0, d0), maximum(c1, d1), maximum(c2, d2)
             raise_to(top, top_at, maximum(x0, y0), maximum(x1, y1), maximum(x2, y2))
         j += 4
-        at += 4 * w
+        at += 4 * s_step
     while j < last:
         a0 = a1 = a2 = fill(q, 0.0)
         for x in range(d):
@@ -99,11 +100,11 @@ def scores(k, first, last, q, q_at, d, s, s_at, top, top_at, fold):
         if fold:
             raise_to(top, top_at, a0, a1, a2)
         j += 1
-        at += w
+        at += s_step
 
 
 @njit(error_model="numpy", cache=True)
-def values(v, v_step, n, e, p, p_at, out, out_at, shrink, shrink_at):
+def values(v, v_step, n, e, p, p_at, p_step, out, out_at, shrink, shrink_at):
     """out = out * shrink + sum over n keys of v[j, x] * p[j], for the channels x below e; v is a flat tile of rows v_step apart."""
     step, w = lanes(p), width(p)
     f0, f1, f2 = load(shrink, shrink_at), load(shrink, shrink_at + step), load(shrink, shrink_at + 2 * step)
@@ -117,7 +118,7 @@ def values(v, v_step, n, e, p, p_at, out, out_at, shrink, shrink_at):
         r += w
         d0, d1, d2 = mul(load(out, r), f0), mul(load(out, r + step), f1), mul(load(out, r + 2 * step), f2)
         for j in range(n):
-            r = p_at + j * w
+            r = p_at + j * p_step
             p0, p1, p2 = load(p, r), load(p, r + step), load(p, r + 2 * step)
             r = j * v_step + x
             one = splat(v, r)
@@ -137,7 +138,7 @@ def values(v, v_step, n, e, p, p_at, out, out_at, shrink, shrink_at):
     while x < e:
         a0, a1, a2 = mul(load(out, at), f0), mul(load(out, at + step), f1), mul(load(out, at + 2 * step), f2)
         for j in range(n):
-            one, r = splat(v, j * v_step + x), p_at + j * w
+            one, r = splat(v, j * v_step + x), p_at + j * p_step
             a0, a1, a2 = fma(one, load(p, r), a0), fma(one, load(p, r + step), a1), fma(one, load(p, r + 2 * step), a2)
         put(out, at, a0, a1, a2)
         x += 1
@@ -145,13 +146,13 @@ def values(v, v_step, n, e, p, p_at, out, out_at, shrink, shrink_at):
 
 
 @njit(error_model="numpy", cache=True)
-def hide(s, s_at, j, n, first, last, at, top, top_at):
+def hide(s, s_at, s_step, j, n, first, last, at, top, top_at):
     """Scores of keys j, j + 1, ... outside a lane's [first, last) become -inf; top is raised to the others."""
-    step, w = lanes(s), width(s)
+    step = lanes(s)
     for v in range(VECTORS):
         low, high, most = load(first, at + v * step), load(last, at + v * step), load(top, top_at + v * step)
         for r in range(n):
-            place = s_at + r * w + v * step
+            place = s_at + r * s_step + v * step
             x = between(load(s, place), fill(s, j + r), low, high)
             store(s, place, x)
             most = maximum(most, x)
@@ -206,43 +207,133 @@ def tanh(x, a):
 
 
 @njit(error_model="numpy", cache=True)
-def soft_cap(s, s_at, n, scale, cap):
+def soft_cap(s, s_at, s_step, n, scale, cap):
     """s = cap * tanh(scale * s / cap); without a cap (0) only the scale."""
     step, w = lanes(s), width(s)
     factor, limit = fill(s, scale), fill(s, cap)
-    for at in range(s_at, s_at + n * w, step):
-        x = mul(load(s, at), factor)
-        if cap > 0.0:
-            x = mul(limit, tanh(div(x, limit), s))
-        store(s, at, x)
+    for r in range(n):
+        for at in range(s_at + r * s_step, s_at + r * s_step + w, step):
+            x = mul(load(s, at), factor)
+            if cap > 0.0:
+                x = mul(limit, tanh(div(x, limit), s))
+            store(s, at, x)
 
 
 @njit(error_model="numpy", cache=True)
-def add_bias(s, s_at, j, n, bias, rows, lane, space):
+def add_bias(s, s_at, s_step, j, n, bias, rows, lane, space):
     """s[r] += bias of key j + r and each lane's row, which begins rows[lane] bytes into `bias`; -inf hides whatever the score was."""
     step, w = lanes(s), width(s)
-    for l in range(0, w, step):
+    for first in range(0, w, step):
         whole = n // step * step
         for r in range(0, whole, step):
-            transpose_in(bias, rows, lane + l, j + r, space, 0, step)
+            transpose_in(bias, rows, lane + first, j + r, space, 0, step)
             for c in range(step):
-                at = s_at + (r + c) * w + l
+                at = s_at + (r + c) * s_step + first
                 store(s, at, plus_unless_hidden(load(s, at), load(space, c * step)))
         for r in range(whole, n):
-            gather(bias, rows, lane + l, j + r, space)
-            at = s_at + r * w + l
+            gather(bias, rows, lane + first, j + r, space)
+            at = s_at + r * s_step + first
             store(s, at, plus_unless_hidden(load(s, at), load(space, 0)))
 
 
 @njit(error_model="numpy", cache=True)
-def skipping_values(v, v_step, n, e, p, p_at, out, out_at, shrink, shrink_at):
+def skipping_values(v, v_step, n, e, p, p_at, p_step, out, out_at, shrink, shrink_at):
     """`values`, for tiles that hold infinities or NaN: a key of weight 0 is not read."""
     w = width(p)
     for x in range(e):
-        for l in range(w):
-            total = out[out_at + x * w + l] * shrink[shrink_at + l]
+        for lane in range(w):
+            total = out[out_at + x * w + lane] * shrink[shrink_at + lane]
             for j in range(n):
-                weight = p[p_at + j * w + l]
+                weight = p[p_at + j * p_step + lane]
                 if weight != 0.0:
                     total += weight * v[j * v_step + x]
-            out[out_at + x * w + l] = total
+            out[out_at + x * w + lane] = total
+
+
+@njit(error_model="numpy", cache=True)
+def slopes(s, s_at, s_step, n, cap, out, out_at):
+    """Slope of the soft-cap at scores that were capped already: 1 - (s / cap)**2."""
+    step, w = lanes(s), width(s)
+    one, minus, inverse = fill(s, 1.0), fill(s, -1.0), div(fill(s, 1.0), fill(s, cap))
+    for r in range(n):
+        for c in range(0, w, step):
+            t = mul(load(s, s_at + r * s_step + c), inverse)
+            store(out, out_at + r * s_step + c, fma(mul(minus, t), t, one))
+
+
+@njit(error_model="numpy", cache=True)
+def score_gradients(s, dp, at, s_step, n, factor, lse, delta, lane):
+    """s = p = 2**(factor * s - lse) and dp = p * (dp - delta), lse in powers of two; 0 where p is 0, whatever dp is."""
+    step = lanes(s)
+    c = fill(s, factor)
+    for v in range(VECTORS):
+        shift, less = sub(fill(s, 0.0), load(lse, lane + v * step)), load(delta, lane + v * step)
+        for r in range(n):
+            place = at + r * s_step + v * step
+            p = exp2(fma(load(s, place), c, shift))
+            store(s, place, p)
+            store(dp, place, times_unless_zero(p, sub(load(dp, place), less)))
+
+
+@njit(error_model="numpy", cache=True)
+def outer(s, s_at, s_step, first_row, n, rows, rows_step, m, out, out_at, out_step, e):
+    """Row j of out += sum over m rows r of s[j, r] * rows[r], for n rows j; rows are e channels long, padded to whole vectors."""
+    step = lanes(s)
+    x = 0
+    while x < e:
+        three = x + 2 * step < e
+        j = 0
+        while j + 4 <= n:
+            o0 = out_at + j * out_step + x
+            o1, o2, o3 = o0 + out_step, o0 + 2 * out_step, o0 + 3 * out_step
+            s0 = s_at + j * s_step
+            s1, s2, s3 = s0 + s_step, s0 + 2 * s_step, s0 + 3 * s_step
+            if three:
+                a0, a1, a2 = load(out, o0), load(out, o0 + step), load(out, o0 + 2 * step)
+                b0, b1, b2 = load(out, o1), load(out, o1 + step), load(out, o1 + 2 * step)
+                c0, c1, c2 = load(out, o2), load(out, o2 + step), load(out, o2 + 2 * step)
+                d0, d1, d2 = load(out, o3), load(out, o3 + step), load(out, o3 + 2 * step)
+                for r in range(m):
+                    at = (first_row + r) * rows_step + x
+                    r0, r1, r2 = load(rows, at), load(rows, at + step), load(rows, at + 2 * step)
+                    one = splat(s, s0 + r)
+                    a0, a1, a2 = fma(one, r0, a0), fma(one, r1, a1), fma(one, r2, a2)
+                    one = splat(s, s1 + r)
+                    b0, b1, b2 = fma(one, r0, b0), fma(one, r1, b1), fma(one, r2, b2)
+                    one = splat(s, s2 + r)
+                    c0, c1, c2 = fma(one, r0, c0), fma(one, r1, c1), fma(one, r2, c2)
+                    one = splat(s, s3 + r)
+                    d0, d1, d2 = fma(one, r0, d0), fma(one, r1, d1), fma(one, r2, d2)
+                put(out, o0, a0, a1, a2)
+                put(out, o1, b0, b1, b2)
+                put(out, o2, c0, c1, c2)
+                put(out, o3, d0, d1, d2)
+            else:
+                a0, b0, c0, d0 = load(out, o0), load(out, o1), load(out, o2), load(out, o3)
+                for r in range(m):
+                    r0 = load(rows, (first_row + r) * rows_step + x)
+                    a0, b0 = fma(splat(s, s0 + r), r0, a0), fma(splat(s, s1 + r), r0, b0)
+                    c0, d0 = fma(splat(s, s2 + r), r0, c0), fma(splat(s, s3 + r), r0, d0)
+                store(out, o0, a0)
+                store(out, o1, b0)
+                store(out, o2, c0)
+                store(out, o3, d0)
+            j += 4
+        while j < n:
+            for y in range(x, x + (VECTORS * step if three else step), step):
+                at = out_at + j * out_step + y
+                a0 = load(out, at)
+                for r in range(m):
+                    a0 = fma(splat(s, s_at + j * s_step + r), load(rows, (first_row + r) * rows_step + y), a0)
+                store(out, at, a0)
+            j += 1
+        x += VECTORS * step if three else step
+
+
+@njit(error_model="numpy", cache=True)
+def multiply(a, b, at, row_step, n):
+    """a *= b, for n rows; 0 stays 0 whatever b is."""
+    step, w = lanes(a), width(a)
+    for r in range(n):
+        for place in range(at + r * row_step, at + r * row_step + w, step):
+            store(a, place, times_unless_zero(load(a, place), load(b, place)))

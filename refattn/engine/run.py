@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -24,23 +24,26 @@ _one_at_a_time = threading.Lock()  # Numba's workqueue layer aborts the process 
 
 def reason_against(problem: Problem) -> str:
     """Why the engine does not run a problem; "" where it does."""
-    variant = problem.variant
+    variant, dims = problem.variant, problem.dims
     if variant.plan is None:
         return "it has no plan"
     others = [name for name in problem.returns if name not in OUTPUTS]
     if others:
         return f"it does not return {others[0]}"
-    plan = variant.plan(problem.dims, problem.params)
-    if plan.similarity.__name__.rpartition(".")[2] != "dot" or plan.normalizer != "softmax":
-        return f"no kernel for {plan.normalizer} of {plan.similarity.__name__.rpartition('.')[2]} scores"
+    if dims["S"] >= LONGEST[_format(problem)]:
+        return f"S={dims['S']}; in {_format(problem)} it takes fewer than {LONGEST[_format(problem)]} keys"
+    return reason_against_plan(variant.plan(dims, problem.params))
+
+
+def reason_against_plan(plan: Plan) -> str:
+    """Why the engine does not run a plan; "" where it does."""
+    similarity = plan.similarity.__name__.rpartition(".")[2]
+    if similarity != "dot" or plan.normalizer != "softmax":
+        return f"there is no kernel for {plan.normalizer} of {similarity} scores"
     if plan.projections or plan.residual or plan.shift or plan.fill > -np.inf:
-        return "no kernel for its projections, residual, shift or fill"
-    mods = [s.piece.__name__.rpartition(".")[2] for s in plan.score_mods]
-    if mods not in ([], ["softcap"]):
-        return f"no kernel for the score modifiers {', '.join(mods)}"
-    if problem.dims["S"] >= LONGEST[_format(problem)]:
-        return f"S={problem.dims['S']} is beyond {LONGEST[_format(problem)]} keys in {_format(problem)}"
-    return ""
+        return "there is no kernel for projections, a residual, a shift or filled scores"
+    mods = [stage.piece.__name__.rpartition(".")[2] for stage in plan.score_mods]
+    return "" if mods in ([], ["softcap"]) else f"there is no kernel for the score modifiers {', '.join(mods)}"
 
 
 def run(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
@@ -53,31 +56,46 @@ def run(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
     threads : int, optional
         As many as Numba uses, unless said.  The result does not depend on it.
     """
-    from . import forward
-
-    assert problem.variant.plan is not None
-    plan, dims, format_ = problem.variant.plan(problem.dims, problem.params), problem.dims, _format(problem)
-    q, k, v = (_rows(problem.given[name], format_) for name in (plan.query, plan.key, plan.value))
-    first, last = visible_range(plan, dims)
-    heads, n_q = q.shape[1], q.shape[2]
-    sinks = problem.given.get(plan.sinks)
-    sinks = np.full(heads, -np.inf, format_) if sinks is None else np.ascontiguousarray(sinks, format_)
-    cap = plan.score_mods[0].numbers[0] if plan.score_mods else 0.0
-    out, lse = np.empty((*q.shape[:3], v.shape[3]), format_), np.empty(q.shape[:3], format_)
-    scale = format_.type(plan.scale)
-    arguments = (q, k, v, _bias(problem, plan, format_), sinks, first, last, scale, format_.type(cap), out, lse)
-    work = q.shape[0] * heads * int(np.maximum(last - first, 0).sum()) * (q.shape[3] + v.shape[3])
-    workers = _threads() if threads is None else threads
-    if q.shape[0] and n_q:
-        if workers == 1 or work < PARALLEL_FROM:
-            forward.forward(*arguments)
-        else:
-            with _one_at_a_time:
-                forward.forward_parallel(*arguments, workers)
-    _fill_empty(problem.params.get("empty_rows", "zero"), out, lse, v)
-    outputs = {"out": out, "lse": lse}
+    call = _Call(problem)
+    call.forward(threads)
+    _fill_empty(problem.params.get("empty_rows", "zero"), call.out, call.lse, call.v)
+    outputs = {"out": call.out, "lse": call.lse}
     shapes = {o.name: len(o.axes.split()) for o in problem.variant.outputs}
     return {name: outputs[name] if shapes[name] == outputs[name].ndim else outputs[name][:, 0] for name in problem.returns}
+
+
+class _Call:
+    """The arrays of one call as kernels take them: four axes, one format, results to be written."""
+
+    def __init__(self, problem: Problem) -> None:
+        assert problem.variant.plan is not None
+        self.plan = plan = problem.variant.plan(problem.dims, problem.params)
+        self.format = format_ = _format(problem)
+        self.q, self.k, self.v = (_rows(problem.given[name], format_) for name in (plan.query, plan.key, plan.value))
+        self.bias = _bias(problem, plan, format_)
+        self.first, self.last = visible_range(plan, problem.dims)
+        sinks = problem.given.get(plan.sinks)
+        self.sinks = np.full(self.q.shape[1], -np.inf, format_) if sinks is None else np.ascontiguousarray(sinks, format_)
+        self.scale, self.cap = format_.type(plan.scale), format_.type(plan.score_mods[0].numbers[0] if plan.score_mods else 0.0)
+        self.out, self.lse = np.empty((*self.q.shape[:3], self.v.shape[3]), format_), np.empty(self.q.shape[:3], format_)
+        pairs = int((self.last - self.first).sum())
+        self.work = self.q.shape[0] * self.q.shape[1] * pairs * (self.q.shape[3] + self.v.shape[3])
+
+    def forward(self, threads: int | None) -> None:
+        from . import forward
+
+        arguments = (self.q, self.k, self.v, self.bias, self.sinks, self.first, self.last, self.scale, self.cap, self.out, self.lse)
+        if self.lse.size:
+            _launch(forward.forward, forward.forward_parallel, arguments, self.work, threads)
+
+
+def _launch(alone: Any, together: Any, arguments: tuple[Any, ...], work: float, threads: int | None) -> None:
+    workers = _threads() if threads is None else threads
+    if workers == 1 or work < PARALLEL_FROM:
+        alone(*arguments)
+        return
+    with _one_at_a_time:
+        together(*arguments, workers)
 
 
 def visible_range(plan: Plan, dims: Dims) -> tuple[np.ndarray, np.ndarray]:
@@ -87,6 +105,7 @@ def visible_range(plan: Plan, dims: Dims) -> tuple[np.ndarray, np.ndarray]:
     for stage in plan.masks:
         low, high = stage.piece.span(queries, dims["S"], *stage.numbers)
         first, last = np.maximum(first, low), np.minimum(last, high)
+    first = np.minimum(first, dims["S"])  # a window may lie beyond the last key
     return first, np.maximum(last, first)
 
 
@@ -133,8 +152,64 @@ def _fill_empty(rule: str, out: np.ndarray, lse: np.ndarray, v: np.ndarray) -> N
     np.copyto(out, np.broadcast_to(filler, out.shape).astype(out.dtype), where=empty[..., None])
 
 
-@functools.cache
 def _threads() -> int:
+    """What the caller set, or OMP_NUM_THREADS where it says less than Numba."""
     import numba
 
-    return int(numba.get_num_threads())
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    available = int(numba.get_num_threads())
+    return min(available, int(limit)) if limit.isdecimal() and int(limit) else available
+
+
+def reason_against_gradients(problem: Problem, cotangents: Mapping[str, np.ndarray]) -> str:
+    """Why the engine has no gradients of a problem; "" where it has."""
+    others = [name for name in cotangents if name not in OUTPUTS]
+    if others:
+        return f"there is no kernel for a cotangent of {others[0]}"
+    if problem.params.get("empty_rows", "zero") != "zero":
+        return "there is no kernel for gradients of rows that see nothing"
+    return reason_against(problem)
+
+
+def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], threads: int | None = None) -> dict[str, np.ndarray]:
+    """Gradients of sum(cotangent * output) by ``d_<operand>``, in the shapes operands were given in (BHTD), float32 or float64.
+
+    Parameters
+    ----------
+    problem : Problem
+        One that `reason_against_gradients` has nothing against.
+    cotangents : mapping of str to ndarray
+        For ``out``, ``lse`` or both, in their shapes.
+    threads : int, optional
+        As many as Numba uses, unless said.  The result does not depend on it.
+    """
+    from . import backward
+
+    call = _Call(problem)
+    call.forward(threads)
+    q, k, v, format_ = call.q, call.k, call.v, call.format
+    d_out = _rows(cotangents["out"], format_) if "out" in cotangents else np.zeros_like(call.out)
+    d_lse = cotangents["lse"].reshape(call.lse.shape).astype(format_) if "lse" in cotangents else np.zeros_like(call.lse)
+    d_q, d_k, d_v = np.zeros(q.shape, format_), np.zeros(k.shape, format_), np.zeros(v.shape, format_)
+    wants_bias = call.plan.bias in problem.given
+    d_bias = np.zeros((*q.shape[:3], k.shape[2]) if wants_bias else (0, 0, 0, 0), format_)
+    deltas = np.zeros(call.lse.shape, format_)
+    arguments = (q, k, v, call.bias, call.first, call.last, call.scale, call.cap, call.out, call.lse, d_out, d_lse, d_q, d_k, d_v, d_bias, deltas)
+    if q.size and k.size:
+        _launch(backward.backward, backward.backward_parallel, arguments, 2.5 * call.work, threads)
+    found = {call.plan.query: d_q, call.plan.key: d_k, call.plan.value: d_v}
+    if wants_bias:
+        found[call.plan.bias] = _summed_to(d_bias, problem.given[call.plan.bias].shape)
+    if call.plan.sinks in problem.given:
+        with np.errstate(invalid="ignore", over="ignore"):
+            share = np.exp(call.sinks[:, None] - call.lse)
+        found[call.plan.sinks] = -np.where(np.isneginf(call.lse), 0.0, share * deltas).sum(axis=(0, 2), dtype=np.float64)
+    return {"d_" + name: found[name].reshape(x.shape) for name, x in problem.given.items() if name in found}
+
+
+def _summed_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Sum over the axes along which an array of that shape was broadcast."""
+    lead = x.ndim - len(shape)
+    axes = (*range(lead), *(lead + n for n, size in enumerate(shape) if size != x.shape[lead + n]))
+    summed: np.ndarray = x.sum(axis=axes, dtype=np.float64) if axes else x
+    return summed

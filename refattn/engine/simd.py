@@ -315,6 +315,12 @@ def _where_less(builder: ir.IRBuilder, kind: VecType, x: Any, limit: Any, y: Any
     return builder.select(builder.fcmp_ordered("<", x, limit), y, z)
 
 
+def _times_unless_zero(builder: ir.IRBuilder, kind: VecType, x: Any, y: Any) -> Any:
+    zero = _every(x.type, 0.0)
+    return builder.select(builder.fcmp_ordered("==", x, zero), zero, builder.fmul(x, y))
+
+
+times_unless_zero = _lanewise(2, _times_unless_zero, "x * y, and 0 where x is 0 whatever y is")
 absolute = _lanewise(1, _absolute, "|x|")
 with_sign = _lanewise(2, _with_sign, "|x| with the sign of y")
 where_less = _lanewise(4, _where_less, "y where x < limit, elsewhere z")
