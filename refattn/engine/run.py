@@ -16,6 +16,8 @@ from ..spec import Dims, Plan
 OUTPUTS = ("out", "lse")
 #: Query-key-channel products from which a second thread pays for being woken.
 PARALLEL_FROM = 500_000
+#: Rows of one key-value head up to which keys are read in order, a vector of a key at a time, and not a panel of queries at a time.
+FEW_ROWS = 8
 #: Positions travel as numbers of the operands' own format.
 LONGEST = {np.dtype(np.float32): 2**24, np.dtype(np.float64): 2**53}
 
@@ -82,11 +84,17 @@ class _Call:
         self.work = self.q.shape[0] * self.q.shape[1] * pairs * (self.q.shape[3] + self.v.shape[3])
 
     def forward(self, threads: int | None) -> None:
+        arguments = (self.q, self.k, self.v, self.bias, self.sinks, self.first, self.last, self.scale, self.cap, self.out, self.lse)
+        if not self.lse.size:
+            return
+        if self.q.shape[2] * (self.q.shape[1] // self.k.shape[1]) <= FEW_ROWS and self.k.shape[2]:
+            from . import decode
+
+            _launch(decode.decode, decode.decode_parallel, arguments, self.work, threads)
+            return
         from . import forward
 
-        arguments = (self.q, self.k, self.v, self.bias, self.sinks, self.first, self.last, self.scale, self.cap, self.out, self.lse)
-        if self.lse.size:
-            _launch(forward.forward, forward.forward_parallel, arguments, self.work, threads)
+        _launch(forward.forward, forward.forward_parallel, arguments, self.work, threads)
 
 
 def _launch(alone: Any, together: Any, arguments: tuple[Any, ...], work: float, threads: int | None) -> None:
