@@ -16,7 +16,25 @@ import numpy as np
 from numba import njit, prange
 
 from .panels import LOG2_E, tanh
-from .simd import add, div, exp2, fill, fma, lanes, load, load_part, maximum, mul, plus_unless_hidden, store, store_part, sub, total, widest
+from .simd import (
+    add,
+    div,
+    exp2,
+    fill,
+    fma,
+    lanes,
+    load,
+    load_part,
+    maximum,
+    mul,
+    plus_unless_hidden,
+    prefetch,
+    splat,
+    store,
+    store_part,
+    total,
+    widest,
+)
 from .tasks import take
 
 STRETCH = 1024  # keys per task
@@ -29,33 +47,62 @@ def stretches(n_keys):
 
 
 @njit(error_model="numpy", cache=True)
-def dot_products(k, first, n, queries, rows, d, s):
-    """s[r * TILE + j] = queries[r] . k[first + j]; queries are flat rows of d."""
+def dot_products(k, v, first, n, queries, rows, d, s):
+    """s[r * TILE + j] = queries[r] . k[first + j]; queries are rows of `wide` elements, d of them and zeros; blocks of 4 keys by 4 rows.
+
+    The values of the same keys are called for meanwhile, so that memory does not wait for arithmetic.
+    """
     step = lanes(s)
-    whole = d // step * step
-    for j in range(n):
+    whole, wide = d // step * step, (d + step - 1) // step * step
+    for j in range(0, n, 4):
+        j0, j1, j2, j3 = first + j, first + min(j + 1, n - 1), first + min(j + 2, n - 1), first + min(j + 3, n - 1)  # past the end, the last again
+        for x in range(0, wide, step):
+            prefetch(v, (j0, x))
+            prefetch(v, (j1, x))
+            prefetch(v, (j2, x))
+            prefetch(v, (j3, x))
         r = 0
         while r + 4 <= rows:
-            a0 = a1 = a2 = a3 = fill(s, 0.0)
-            for x in range(0, whole, step):
-                key, at = load(k, (first + j, x)), r * d + x
-                a0, a1 = fma(key, load(queries, at), a0), fma(key, load(queries, at + d), a1)
-                a2, a3 = fma(key, load(queries, at + 2 * d), a2), fma(key, load(queries, at + 3 * d), a3)
-            if whole < d:
-                key, at = load_part(k, (first + j, whole), d - whole), r * d + whole
-                a0, a1 = fma(key, load_part(queries, at, d - whole), a0), fma(key, load_part(queries, at + d, d - whole), a1)
-                a2, a3 = fma(key, load_part(queries, at + 2 * d, d - whole), a2), fma(key, load_part(queries, at + 3 * d, d - whole), a3)
+            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = fill(s, 0.0)
+            at = r * wide
+            for x in range(0, wide, step):
+                q0, q1, q2, q3 = (
+                    load(queries, at + x),
+                    load(queries, at + wide + x),
+                    load(queries, at + 2 * wide + x),
+                    load(queries, at + 3 * wide + x),
+                )
+                key = load(k, (j0, x)) if x < whole else load_part(k, (j0, x), d - whole)
+                a0, a1, a2, a3 = fma(key, q0, a0), fma(key, q1, a1), fma(key, q2, a2), fma(key, q3, a3)
+                key = load(k, (j1, x)) if x < whole else load_part(k, (j1, x), d - whole)
+                b0, b1, b2, b3 = fma(key, q0, b0), fma(key, q1, b1), fma(key, q2, b2), fma(key, q3, b3)
+                key = load(k, (j2, x)) if x < whole else load_part(k, (j2, x), d - whole)
+                c0, c1, c2, c3 = fma(key, q0, c0), fma(key, q1, c1), fma(key, q2, c2), fma(key, q3, c3)
+                key = load(k, (j3, x)) if x < whole else load_part(k, (j3, x), d - whole)
+                d0, d1, d2, d3 = fma(key, q0, d0), fma(key, q1, d1), fma(key, q2, d2), fma(key, q3, d3)
             at = r * TILE + j
-            s[at], s[at + TILE], s[at + 2 * TILE], s[at + 3 * TILE] = total(a0), total(a1), total(a2), total(a3)
+            put_totals(s, at, a0, b0, c0, d0)
+            put_totals(s, at + TILE, a1, b1, c1, d1)
+            put_totals(s, at + 2 * TILE, a2, b2, c2, d2)
+            put_totals(s, at + 3 * TILE, a3, b3, c3, d3)
             r += 4
         while r < rows:
-            a0 = fill(s, 0.0)
+            a0 = b0 = c0 = d0 = fill(s, 0.0)
             for x in range(0, whole, step):
-                a0 = fma(load(k, (first + j, x)), load(queries, r * d + x), a0)
+                q0 = load(queries, r * wide + x)
+                a0, b0 = fma(load(k, (j0, x)), q0, a0), fma(load(k, (j1, x)), q0, b0)
+                c0, d0 = fma(load(k, (j2, x)), q0, c0), fma(load(k, (j3, x)), q0, d0)
             if whole < d:
-                a0 = fma(load_part(k, (first + j, whole), d - whole), load_part(queries, r * d + whole, d - whole), a0)
-            s[r * TILE + j] = total(a0)
+                q0, m = load(queries, r * wide + whole), d - whole
+                a0, b0 = fma(load_part(k, (j0, whole), m), q0, a0), fma(load_part(k, (j1, whole), m), q0, b0)
+                c0, d0 = fma(load_part(k, (j2, whole), m), q0, c0), fma(load_part(k, (j3, whole), m), q0, d0)
+            put_totals(s, r * TILE + j, a0, b0, c0, d0)
             r += 1
+
+
+@njit(error_model="numpy", cache=True)
+def put_totals(s, at, a, b, c, d):
+    s[at], s[at + 1], s[at + 2], s[at + 3] = total(a), total(b), total(c), total(d)
 
 
 @njit(error_model="numpy", cache=True)
@@ -73,30 +120,50 @@ def modified(s, at, n, scale, cap, bias, b, h, i, j):
 
 
 @njit(error_model="numpy", cache=True)
-def weighted(v, first, n, s, at, e, out, out_at):
-    """out += sum over n keys of s[j] * v[first + j], four keys at a time."""
+def weighted(v, k, first, n, s, at, e, out, out_at, twice):
+    """out += sum over n keys of s[j] * v[first + j], four keys at a time, for one row or (`twice`) this and the next.
+
+    The first row calls for the keys of the next tile meanwhile.
+    """
     step = lanes(s)
-    j = 0
-    while j + 4 <= n:
-        p0, p1, p2, p3 = fill(s, s[at + j]), fill(s, s[at + j + 1]), fill(s, s[at + j + 2]), fill(s, s[at + j + 3])
-        row = first + j
-        x = 0
-        while x + step <= e:
-            y = fma(p0, load(v, (row, x)), load(out, out_at + x))
-            y = fma(p1, load(v, (row + 1, x)), y)
-            y = fma(p2, load(v, (row + 2, x)), y)
-            store(out, out_at + x, fma(p3, load(v, (row + 3, x)), y))
-            x += step
-        if x < e:
-            y = fma(p0, load_part(v, (row, x), e - x), load_part(out, out_at + x, e - x))
-            y = fma(p1, load_part(v, (row + 1, x), e - x), y)
-            y = fma(p2, load_part(v, (row + 2, x), e - x), y)
-            store_part(out, out_at + x, e - x, fma(p3, load_part(v, (row + 3, x), e - x), y))
-        j += 4
-    while j < n:
-        for x in range(e):
-            out[out_at + x] += s[at + j] * v[first + j, x]
-        j += 1
+    whole, last = e // step * step, first + n - 1
+    for j in range(0, n, 4):
+        # weights past the end are zeros, and their keys the last one again
+        j0, j1, j2, j3 = first + j, min(first + j + 1, last), min(first + j + 2, last), min(first + j + 3, last)
+        if at == 0:
+            for x in range(0, k.shape[1], step):
+                prefetch(k, (first + TILE + j, x))
+                prefetch(k, (first + TILE + j + 1, x))
+                prefetch(k, (first + TILE + j + 2, x))
+                prefetch(k, (first + TILE + j + 3, x))
+        p0, p1, p2, p3 = splat(s, at + j), splat(s, at + j + 1), splat(s, at + j + 2), splat(s, at + j + 3)
+        if twice:
+            next_at = at + TILE + j
+            r0, r1, r2, r3 = splat(s, next_at), splat(s, next_at + 1), splat(s, next_at + 2), splat(s, next_at + 3)
+            for x in range(0, whole, step):
+                v0, v1, v2, v3 = load(v, (j0, x)), load(v, (j1, x)), load(v, (j2, x)), load(v, (j3, x))
+                y, z = load(out, out_at + x), load(out, out_at + e + x)
+                store(out, out_at + x, fma(p3, v3, fma(p2, v2, fma(p1, v1, fma(p0, v0, y)))))
+                store(out, out_at + e + x, fma(r3, v3, fma(r2, v2, fma(r1, v1, fma(r0, v0, z)))))
+            if whole < e:
+                m = e - whole
+                v0, v1, v2, v3 = (
+                    load_part(v, (j0, whole), m),
+                    load_part(v, (j1, whole), m),
+                    load_part(v, (j2, whole), m),
+                    load_part(v, (j3, whole), m),
+                )
+                y, z = load_part(out, out_at + whole, m), load_part(out, out_at + e + whole, m)
+                store_part(out, out_at + whole, m, fma(p3, v3, fma(p2, v2, fma(p1, v1, fma(p0, v0, y)))))
+                store_part(out, out_at + e + whole, m, fma(r3, v3, fma(r2, v2, fma(r1, v1, fma(r0, v0, z)))))
+        else:
+            for x in range(0, whole, step):
+                y = fma(p1, load(v, (j1, x)), fma(p0, load(v, (j0, x)), load(out, out_at + x)))
+                store(out, out_at + x, fma(p3, load(v, (j3, x)), fma(p2, load(v, (j2, x)), y)))
+            if whole < e:
+                m = e - whole
+                y = fma(p1, load_part(v, (j1, whole), m), fma(p0, load_part(v, (j0, whole), m), load_part(out, out_at + whole, m)))
+                store_part(out, out_at + whole, m, fma(p3, load_part(v, (j3, whole), m), fma(p2, load_part(v, (j2, whole), m), y)))
 
 
 @njit(error_model="numpy", cache=True)
@@ -119,9 +186,11 @@ def stretch(task, n_stretches, q, k, v, bias, first, last, scale, cap, careful, 
     queries, s, gathered, top, sums = space
     keys, vals = k[b, g], v[b, g]
     step = lanes(s)
+    wide = (d + step - 1) // step * step
+    queries[:] = 0.0
     for r in range(rows):
         for x in range(d):
-            queries[r * d + x] = q[b, g * group + r % group, r // group, x]
+            queries[r * wide + x] = q[b, g * group + r % group, r // group, x]
     gathered[: rows * e] = 0.0
     top[:rows] = -np.inf
     sums[:rows] = 0.0
@@ -131,29 +200,22 @@ def stretch(task, n_stretches, q, k, v, bias, first, last, scale, cap, careful, 
     low, high = max(low, c * STRETCH), min(high, (c + 1) * STRETCH, n_k)
     for start in range(low, high, TILE):
         n = min(TILE, high - start)
-        dot_products(keys, start, n, queries, rows, d, s)
+        dot_products(keys, vals, start, n, queries, rows, d, s)
         for r in range(rows):
             h, i, at = g * group + r % group, r // group, r * TILE
-            for j in range(n, (n + step - 1) // step * step):
-                s[at + j] = -np.inf
             modified(s, at, n, scale, cap, bias, b, h, i, start)
-            for j in range(n):
-                if not first[i] <= start + j < last[i]:
-                    s[at + j] = -np.inf
-            for j in range(n, (n + step - 1) // step * step):
-                s[at + j] = -np.inf
+            s[at : at + max(0, min(n, first[i] - start))] = -np.inf
+            s[at + max(0, min(n, last[i] - start)) : at + TILE] = -np.inf
             most = load(s, at)
             for j in range(step, n, step):
                 most = maximum(most, load(s, at + j))
-            old, new = top[r], widest(most)
-            if new <= old:
-                new = old
+            old = top[r]
+            new = widest(maximum(most, fill(s, old)))
             if new == -np.inf:
-                for j in range(n):
-                    s[at + j] = 0.0
+                s[at : at + TILE] = 0.0
                 continue
             shift, factor, sum_of = fill(s, -new * LOG2_E), fill(s, LOG2_E), fill(s, 0.0)
-            for j in range(0, n, step):
+            for j in range(0, TILE, step):
                 x = exp2(fma(load(s, at + j), factor, shift))
                 store(s, at + j, x)
                 sum_of = add(sum_of, x)
@@ -164,11 +226,11 @@ def stretch(task, n_stretches, q, k, v, bias, first, last, scale, cap, careful, 
                     gathered[r * e + x] *= fade
                 top[r] = new
             sums[r] += total(sum_of)
-        for r in range(rows):
+        for r in range(0, rows, 1 if careful else 2):
             if careful:
                 carefully_weighted(vals, start, n, s, r * TILE, e, gathered, r * e)
             else:
-                weighted(vals, start, n, s, r * TILE, e, gathered, r * e)
+                weighted(vals, keys, start, n, s, r * TILE, e, gathered, r * e, r + 1 < rows)
     finite = True
     for r in range(rows):
         for x in range(e):
@@ -212,7 +274,13 @@ def merge(n, n_stretches, partial, sinks, out, lse):
 def worker(q, k, v, bias, first, last, scale, cap, partial, counter, n_stretches):
     """Takes tasks until there are none."""
     rows, d, e = q.shape[2] * (q.shape[1] // k.shape[1]), q.shape[3], v.shape[3]
-    space = np.empty(rows * d, q.dtype), np.empty(rows * TILE, q.dtype), np.empty(rows * e, q.dtype), np.empty(rows, q.dtype), np.empty(rows, q.dtype)
+    space = (
+        np.empty(rows * (d + lanes(q)), q.dtype),
+        np.empty(rows * TILE, q.dtype),
+        np.empty(rows * e, q.dtype),
+        np.empty(rows, q.dtype),
+        np.empty(rows, q.dtype),
+    )
     task = take(counter)
     while task < partial.shape[0]:
         if not stretch(task, n_stretches, q, k, v, bias, first, last, scale, cap, False, partial, space):

@@ -7,6 +7,7 @@ only the width is chosen for the host.
     lanes(a)                    lanes of a vector of a's elements, a constant to the compiler
     load(a, at)                 consecutive elements from index `at` on; any alignment
     store(a, at, v)
+    prefetch(a, at)             a hint that it will be read
     load_part(a, at, n)         the first n lanes, the others 0; nothing past them is read
     store_part(a, at, n, v)
     splat(a, at)                one element in every lane
@@ -130,6 +131,21 @@ def load(typingctx, a, at):  # type: ignore[no-untyped-def]
         return builder.load(_as_vector(builder, pointer, kind), align=_BYTES[a.dtype])
 
     return kind(a, at), emit
+
+
+@intrinsic
+def prefetch(typingctx, a, at):  # type: ignore[no-untyped-def]
+    """A hint that an element will be read soon; any index will do."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = builder.bitcast(_pointer(context, builder, a, args[0], at, args[1]), ir.IntType(8).as_pointer())
+        hint = builder.module.globals.get("llvm.prefetch.p0")
+        if hint is None:
+            hint = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32]), "llvm.prefetch.p0")
+        builder.call(hint, [pointer, ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)])
+        return context.get_dummy_value()
+
+    return types.void(a, at), emit
 
 
 @intrinsic
