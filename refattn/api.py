@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from . import backends, catalog, costs, definition, precision, problem
 from .costs import Cost
 from .describe import Description, bibtex, described
-from .errors import OperandError
+from .errors import OperandError, ParameterError
+from .spec import Integer
 
 if TYPE_CHECKING:
     from .oracle.report import Report
@@ -146,6 +147,42 @@ def gradients(
     call = problem.bind(variant, operands, options, tuple(cotangents), layout)
     checked = {output: derivatives.check_cotangent(call, output, x) for output, x in cotangents.items()}
     return derivatives.release(call, backends.gradients(call, checked, backend))
+
+
+def set_num_threads(n: int) -> None:
+    """How many threads the CPU engine uses; results do not depend on it, to the last bit.
+
+    Parameters
+    ----------
+    n : int
+        From 1 to the limit with which the process started: the number of processors it may use, or ``NUMBA_NUM_THREADS``, or
+        ``OMP_NUM_THREADS`` where that is less.
+
+    Raises
+    ------
+    ParameterError
+
+    Notes
+    -----
+    It holds for calls from the Python thread that made it, as `numba.set_num_threads` does; other threads begin at the limit.  Calls too small
+    to gain from a second thread use one.
+
+    Examples
+    --------
+    >>> import refattn as ra
+    >>> ra.set_num_threads(1)
+    """
+    import numba
+
+    from .engine.run import available_threads
+
+    before = numba.get_num_threads()
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    allowed = Integer(1, available_threads())
+    if not allowed.accepts(n):
+        numba.set_num_threads(before)
+        raise ParameterError(f"set_num_threads: n={n!r}; must be {allowed.rule}")
+    numba.set_num_threads(int(n))
 
 
 # ---- know --------------------------------------------------------------------------------------------------------------------

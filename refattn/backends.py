@@ -76,10 +76,16 @@ def _chosen(problem: Problem, backend: str, reason: Callable[[], str]) -> str:
         raise BackendUnavailableError(f"{problem.variant.name}: backend 'cuda' is not part of this version; use 'cpu', 'definition' or 'auto'")
     if backend == "definition":
         return backend
-    against = reason()
+    against = reason() or _without_compiler()
     if backend == "cpu" and against:
         raise BackendUnavailableError(f"{problem.variant.name}: backend 'cpu' does not run this call: {against}; use 'definition' or 'auto'")
     return "definition" if against else "cpu"
+
+
+def _without_compiler() -> str:
+    import numba
+
+    return "NUMBA_DISABLE_JIT is set, and vectors exist in compiled code only" if numba.config.DISABLE_JIT else ""
 
 
 def _check(problem: Problem, backend: str) -> None:

@@ -89,6 +89,7 @@ def as_dtype(dtype: object) -> np.dtype:
     return resolved.newbyteorder("=")
 
 
+@functools.cache
 def is_real(dtype: np.dtype) -> bool:
     """Whether the elements are floating-point numbers of a known format."""
     return dtype.name in _FORMATS

@@ -279,6 +279,37 @@ def test_the_maximum_is_nan_where_either_is_and_a_zero_among_zeros(dtype):
     same(lanewise(simd.maximum, x, y), np.maximum(x, y))
 
 
+@FORMATS
+def test_lanes_are_summed_by_halves_and_the_largest_of_them_is_nan_where_any_is(dtype):
+    @njit(error_model="numpy")
+    def reduce(x, sums, tops):
+        for n in range(sums.size):
+            v = simd.load(x, (n, 0))
+            sums[n], tops[n] = simd.total(v), simd.widest(v)
+
+    rows = unkind(dtype, 1).ravel()
+    rows = np.random.default_rng(5).permutation(np.concatenate([rows, rows[np.isfinite(rows)]] * 3))
+    x = rows[: rows.size // width(dtype) * width(dtype)].reshape(-1, width(dtype))
+    sums, tops = np.empty(len(x), dtype), np.empty(len(x), dtype)
+    reduce(x, sums, tops)
+    same(tops, x.max(axis=1))
+    with np.errstate(all="ignore"):
+        while x.shape[1] > 1:
+            x = x[:, : x.shape[1] // 2] + x[:, x.shape[1] // 2 :]
+    same(sums, x[:, 0])
+    assert np.isfinite(sums).any() and np.isnan(tops).any()
+
+
+def test_a_hint_to_read_may_point_anywhere():
+    @njit
+    def hint(a, at):
+        simd.prefetch(a, at)
+        return a[0]
+
+    for at in (0, 10**15, -(10**15)):
+        assert hint(np.ones(1, np.float32), at) == 1
+
+
 # ---- 2**x ----------------------------------------------------------------------------------------------------------------------
 
 PIECES = 1024  # of the interval, each examined by interval arithmetic
@@ -433,8 +464,9 @@ def test_everything_here_and_the_kernels_hold_at_other_register_widths(bytes_, t
     """LLVM splits or shortens vectors that are not the host's own, so every width runs anywhere."""
     here = Path(__file__).parent
     code = f"import sys, pytest; from refattn.engine import simd; simd.register_bytes = lambda: {bytes_}; sys.exit(pytest.main(sys.argv[1:]))"
-    chosen = [str(here / "test_simd.py"), f"{here / 'test_engine.py'}::test_every_size_gives_what_the_definition_gives"]
-    options = ["-q", "-p", "no:cacheprovider", "-n", "0", "-k", "not other_register_widths"]
+    sizes = [f"{here / 'test_engine.py'}::test_every_size_gives_what_the_definition_gives[{n}-float32]" for n in (2, 49)]
+    options = ["-q", "-p", "no:cacheprovider", "-k", "not other_register_widths and not proved and not all_over_its_range"]
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}  # the cache does not know the width
-    run = subprocess.run([sys.executable, "-c", code, *options, *chosen], env=environment, cwd=here.parent, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, *options, str(here / "test_simd.py"), *sizes]
+    run = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

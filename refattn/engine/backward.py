@@ -92,7 +92,7 @@ def part(task, n_parts, q, k, v, bias, first, last, scale, cap, out, lse, d_out,
     d_v[:] = 0.0
     tile_step = d + PAD
     capped = cap > 0.0
-    plain = bias.size == 0 and not capped
+    plain = bias.size == 0 and not capped and scale > 0.0
     factor = scale * LOG2_E if plain else LOG2_E
 
     for number in range(c * n_blocks // n_parts, (c + 1) * n_blocks // n_parts):
@@ -114,7 +114,7 @@ def part(task, n_parts, q, k, v, bias, first, last, scale, cap, out, lse, d_out,
                 delta = -d_lse[b, h, i]
                 for x in range(e):
                     delta += d_out[b, h, i, x] * out[b, h, i, x]
-                stats[0, n], stats[1, n] = lse[b, h, i] * LOG2_E, delta
+                stats[0, n], stats[1, n] = lse[b, h, i] / scale if plain else lse[b, h, i], delta
                 deltas[b, h, i] = delta
 
         low, high = n_k, 0
@@ -164,7 +164,7 @@ def part(task, n_parts, q, k, v, bias, first, last, scale, cap, out, lse, d_out,
                 if odd == 0.0:
                     values(tile, tile_step, n, d, dp, lane, s_step, d_queries, p * d * w, ones, 0)
                 else:
-                    skipping_values(tile, tile_step, n, d, dp, lane, s_step, d_queries, p * d * w, ones, 0)
+                    skipping_values(tile, tile_step, n, d, dp, lane, s_step, dp, 0.0, d_queries, p * d * w, ones, 0)
             if to_panel > from_panel:
                 at, m = from_panel * w, min(to_panel * w, end - begin) - from_panel * w
                 outer(s, at, s_step, at, n, g_rows, wide_e, m, d_v, start * wide_e, wide_e, e)
@@ -222,7 +222,6 @@ def partial_sums(q, k, e):
     return np.empty((*shape, k.shape[2] * padded(k.shape[3], q)), q.dtype), np.empty((*shape, k.shape[2] * padded(e, q)), q.dtype)
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
 def backward(q, k, v, bias, first, last, scale, cap, out, lse, d_out, d_lse, d_q, d_k, d_v, d_bias, deltas):
     """On this thread."""
     sums_k, sums_v = partial_sums(q, k, v.shape[3])
@@ -232,7 +231,6 @@ def backward(q, k, v, bias, first, last, scale, cap, out, lse, d_out, d_lse, d_q
         collect(sums_v, q.dtype.type(1.0), d_v, n)
 
 
-@njit(error_model="numpy", nogil=True, parallel=True, cache=True)
 def backward_parallel(q, k, v, bias, first, last, scale, cap, out, lse, d_out, d_lse, d_q, d_k, d_v, d_bias, deltas, threads):
     """On several threads; the same bits."""
     sums_k, sums_v = partial_sums(q, k, v.shape[3])

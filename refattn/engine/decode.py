@@ -32,6 +32,7 @@ from .simd import (
     splat,
     store,
     store_part,
+    sub,
     total,
     widest,
 )
@@ -167,10 +168,10 @@ def weighted(v, k, first, n, s, at, e, out, out_at, twice):
 
 
 @njit(error_model="numpy", cache=True)
-def carefully_weighted(v, first, n, s, at, e, out, out_at):
-    """`weighted`, for values that are not all finite: a key of weight 0 is not read."""
+def carefully_weighted(v, first, n, s, kept, at, e, out, out_at):
+    """`weighted`, for values that are not all finite: a key whose score was -inf is not read."""
     for j in range(n):
-        if s[at + j] != 0.0:
+        if kept[at + j] != -np.inf:
             for x in range(e):
                 out[out_at + x] += s[at + j] * v[first + j, x]
 
@@ -183,7 +184,7 @@ def stretch(task, n_stretches, q, k, v, bias, first, last, scale, cap, careful, 
     group = heads // kv_heads
     rows = group * n_q
     b, g, c = task // (kv_heads * n_stretches), task // n_stretches % kv_heads, task % n_stretches
-    queries, s, gathered, top, sums = space
+    queries, s, kept, gathered, top, sums = space
     keys, vals = k[b, g], v[b, g]
     step = lanes(s)
     wide = (d + step - 1) // step * step
@@ -206,6 +207,7 @@ def stretch(task, n_stretches, q, k, v, bias, first, last, scale, cap, careful, 
             modified(s, at, n, scale, cap, bias, b, h, i, start)
             s[at : at + max(0, min(n, first[i] - start))] = -np.inf
             s[at + max(0, min(n, last[i] - start)) : at + TILE] = -np.inf
+            kept[at : at + TILE] = s[at : at + TILE]
             most = load(s, at)
             for j in range(step, n, step):
                 most = maximum(most, load(s, at + j))
@@ -214,9 +216,9 @@ def stretch(task, n_stretches, q, k, v, bias, first, last, scale, cap, careful, 
             if new == -np.inf:
                 s[at : at + TILE] = 0.0
                 continue
-            shift, factor, sum_of = fill(s, -new * LOG2_E), fill(s, LOG2_E), fill(s, 0.0)
+            largest, factor, sum_of = fill(s, new), fill(s, LOG2_E), fill(s, 0.0)
             for j in range(0, TILE, step):
-                x = exp2(fma(load(s, at + j), factor, shift))
+                x = exp2(mul(sub(load(s, at + j), largest), factor))
                 store(s, at + j, x)
                 sum_of = add(sum_of, x)
             if old != new:
@@ -228,7 +230,7 @@ def stretch(task, n_stretches, q, k, v, bias, first, last, scale, cap, careful, 
             sums[r] += total(sum_of)
         for r in range(0, rows, 1 if careful else 2):
             if careful:
-                carefully_weighted(vals, start, n, s, r * TILE, e, gathered, r * e)
+                carefully_weighted(vals, start, n, s, kept, r * TILE, e, gathered, r * e)
             else:
                 weighted(vals, keys, start, n, s, r * TILE, e, gathered, r * e, r + 1 < rows)
     finite = True
@@ -277,6 +279,7 @@ def worker(q, k, v, bias, first, last, scale, cap, partial, counter, n_stretches
     space = (
         np.empty(rows * (d + lanes(q)), q.dtype),
         np.empty(rows * TILE, q.dtype),
+        np.empty(rows * TILE, q.dtype),
         np.empty(rows * e, q.dtype),
         np.empty(rows, q.dtype),
         np.empty(rows, q.dtype),
@@ -295,7 +298,6 @@ def partials(q, k, e):
     return np.empty((k.shape[0] * k.shape[1] * stretches(k.shape[2]), rows, e + 2), q.dtype)
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
 def decode(q, k, v, bias, sinks, first, last, scale, cap, out, lse):
     """On this thread."""
     partial, n_stretches = partials(q, k, v.shape[3]), stretches(k.shape[2])
@@ -304,7 +306,6 @@ def decode(q, k, v, bias, sinks, first, last, scale, cap, out, lse):
         merge(n, n_stretches, partial, sinks, out, lse)
 
 
-@njit(error_model="numpy", nogil=True, parallel=True, cache=True)
 def decode_parallel(q, k, v, bias, sinks, first, last, scale, cap, out, lse, threads):
     """On several threads; the same bits."""
     partial, n_stretches, counter = partials(q, k, v.shape[3]), stretches(k.shape[2]), np.zeros(1, np.int64)

@@ -92,8 +92,8 @@ def block(task, q, k, v, bias, sinks, first, last, scale, cap, out, lse, space):
     begin = (n_blocks - 1 - task % n_blocks) * per_block  # the longest rows of a causal mask first
     end = min(begin + per_block, n_rows)
     n_panels = (end - begin + w - 1) // w
-    queries, outputs, tile_scores, tile_values, square, stats, bounds, table, bias_table = space
-    plain = bias.size == 0 and cap == 0.0  # scores are used as they come, their scale folded into the exponential
+    queries, outputs, tile_scores, kept, tile_values, square, stats, bounds, table, bias_table = space
+    plain = bias.size == 0 and cap == 0.0 and scale > 0.0  # scores are used as they come, their scale folded into the exponential
     keys = k[b, g]
 
     load_panels(q, b, g, group, begin, end, n_panels, table, queries)
@@ -144,12 +144,14 @@ def block(task, q, k, v, bias, sinks, first, last, scale, cap, out, lse, space):
                 if bias.size:
                     add_bias(tile_scores, 0, w, here, n, bias, bias_table, lane, square)
                 hide(tile_scores, 0, w, here, n, bounds[0], bounds[1], lane, stats[0], lane)
+            if odd != 0.0:
+                kept[: n * w] = tile_scores[: n * w]  # which keys a lane does not see, once scores are exponentials
             exponentials(tile_scores, 0, n, factor, stats[0], stats[1], stats[2], stats[3], lane)
             seen = tile_values[(here - start) * row_step :]
             if odd == 0.0:
                 values(seen, row_step, n, e, tile_scores, 0, w, outputs, p * e * w, stats[3], lane)
             else:
-                skipping_values(seen, row_step, n, e, tile_scores, 0, w, outputs, p * e * w, stats[3], lane)
+                skipping_values(seen, row_step, n, e, tile_scores, 0, w, kept, -np.inf, outputs, p * e * w, stats[3], lane)
 
     for r in range(begin, end):
         n = r - begin
@@ -157,14 +159,14 @@ def block(task, q, k, v, bias, sinks, first, last, scale, cap, out, lse, space):
         top, total = stats[0, n], stats[2, n]
         if plain and top != -np.inf:  # a scale of 0 times -inf would be NaN
             top *= scale
-        most = max(top, sinks[h])
+        most = sinks[h] if math.isnan(sinks[h]) else max(top, sinks[h])
         if most == -np.inf:  # sees nothing
             stats[3, n] = 0.0
             lse[b, h, i] = -np.inf
             continue
         fade = math.exp(top - most)
         total = total * fade + math.exp(sinks[h] - most)
-        stats[3, n] = fade / total
+        stats[3, n] = fade / total if top != -np.inf else 0.0
         lse[b, h, i] = most + math.log(total)
     for p in range(n_panels):
         for x in range(e):
@@ -176,12 +178,12 @@ def block(task, q, k, v, bias, sinks, first, last, scale, cap, out, lse, space):
 
 @njit(error_model="numpy", cache=True)
 def workspace(q, e):
-    """What a thread needs for one block at a time: queries, outputs, a tile's scores and values, a square of lanes, statistics, ranges, rows."""
+    """What a thread needs for one block: queries, outputs, a tile's scores, a copy of them, its values, a square, statistics, ranges, rows."""
     d, w, n = q.shape[3], width(q), PANELS * width(q)
     queries, outputs = np.empty(n * d, q.dtype), np.empty(n * e, q.dtype)
-    tile_scores, tile_values = np.empty(TILE * w, q.dtype), np.empty(TILE * (e + PAD), q.dtype)
+    tile_scores, kept, tile_values = np.empty(TILE * w, q.dtype), np.empty(TILE * w, q.dtype), np.empty(TILE * (e + PAD), q.dtype)
     square, stats, bounds = np.empty(lanes(q) * lanes(q), q.dtype), np.empty((4, n), q.dtype), np.empty((2, n), q.dtype)
-    return queries, outputs, tile_scores, tile_values, square, stats, bounds, np.empty(n, np.int64), np.empty(n, np.int64)
+    return queries, outputs, tile_scores, kept, tile_values, square, stats, bounds, np.empty(n, np.int64), np.empty(n, np.int64)
 
 
 @njit(error_model="numpy", nogil=True, cache=True)
@@ -201,13 +203,11 @@ def count_tasks(q, k):
     return batch * kv_heads * blocks(n_q * (heads // kv_heads), rows_per_block(q))
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
 def forward(q, k, v, bias, sinks, first, last, scale, cap, out, lse):
     """On this thread."""
     worker(q, k, v, bias, sinks, first, last, scale, cap, out, lse, np.zeros(1, np.int64), count_tasks(q, k))
 
 
-@njit(error_model="numpy", nogil=True, parallel=True, cache=True)
 def forward_parallel(q, k, v, bias, sinks, first, last, scale, cap, out, lse, threads):
     """On several threads; the same bits."""
     counter, n_tasks = np.zeros(1, np.int64), count_tasks(q, k)

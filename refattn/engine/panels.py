@@ -31,6 +31,7 @@ from .simd import (
     sub,
     times_unless_zero,
     transpose_in,
+    where_equal,
     where_less,
     with_sign,
 )
@@ -165,20 +166,20 @@ def exponentials(s, s_at, n, factor, top, old, total, shrink, at):
     step, w = lanes(s), width(s)
     c = fill(s, factor)
     for v in range(VECTORS):
-        shift = sub(fill(s, 0.0), mul(bounded(load(top, at + v * step)), c))
-        fade = exp2(fma(load(old, at + v * step), c, shift))
+        most = bounded(load(top, at + v * step))
+        fade = exp2(mul(sub(load(old, at + v * step), most), c))
         store(shrink, at + v * step, fade)
         store(old, at + v * step, load(top, at + v * step))
         one = two = fill(s, 0.0)
         place = s_at + v * step
         for _ in range(n // 2):
-            x, y = exp2(fma(load(s, place), c, shift)), exp2(fma(load(s, place + w), c, shift))
+            x, y = exp2(mul(sub(load(s, place), most), c)), exp2(mul(sub(load(s, place + w), most), c))
             store(s, place, x)
             store(s, place + w, y)
             one, two = add(one, x), add(two, y)
             place += 2 * w
         if n % 2:
-            x = exp2(fma(load(s, place), c, shift))
+            x = exp2(mul(sub(load(s, place), most), c))
             store(s, place, x)
             one = add(one, x)
         store(total, at + v * step, fma(load(total, at + v * step), fade, add(one, two)))
@@ -237,17 +238,18 @@ def add_bias(s, s_at, s_step, j, n, bias, rows, lane, space):
 
 
 @njit(error_model="numpy", cache=True)
-def skipping_values(v, v_step, n, e, p, p_at, p_step, out, out_at, shrink, shrink_at):
-    """`values`, for tiles that hold infinities or NaN: a key of weight 0 is not read."""
-    w = width(p)
+def skipping_values(v, v_step, n, e, p, p_at, p_step, marks, mark, out, out_at, shrink, shrink_at):
+    """`values`, for tiles that hold infinities or NaN: where `marks`, laid out like p, equals `mark`, a lane does not read the key."""
+    step, w = lanes(p), width(p)
+    hidden = fill(p, mark)
     for x in range(e):
-        for lane in range(w):
-            total = out[out_at + x * w + lane] * shrink[shrink_at + lane]
+        at = out_at + x * w
+        for lane in range(0, w, step):
+            gathered = mul(load(out, at + lane), load(shrink, shrink_at + lane))
             for j in range(n):
-                weight = p[p_at + j * p_step + lane]
-                if weight != 0.0:
-                    total += weight * v[j * v_step + x]
-            out[out_at + x * w + lane] = total
+                place = p_at + j * p_step + lane
+                gathered = where_equal(load(marks, place), hidden, gathered, fma(splat(v, j * v_step + x), load(p, place), gathered))
+            store(out, at + lane, gathered)
 
 
 @njit(error_model="numpy", cache=True)
@@ -263,14 +265,14 @@ def slopes(s, s_at, s_step, n, cap, out, out_at):
 
 @njit(error_model="numpy", cache=True)
 def score_gradients(s, dp, at, s_step, n, factor, lse, delta, lane):
-    """s = p = 2**(factor * s - lse) and dp = p * (dp - delta), lse in powers of two; 0 where p is 0, whatever dp is."""
+    """s = p = 2**(factor * (s - lse)) and dp = p * (dp - delta), lse in the units of s; 0 where p is 0, whatever dp is."""
     step = lanes(s)
     c = fill(s, factor)
     for v in range(VECTORS):
-        shift, less = sub(fill(s, 0.0), load(lse, lane + v * step)), load(delta, lane + v * step)
+        most, less = load(lse, lane + v * step), load(delta, lane + v * step)
         for r in range(n):
             place = at + r * s_step + v * step
-            p = exp2(fma(load(s, place), c, shift))
+            p = exp2(mul(sub(load(s, place), most), c))
             store(s, place, p)
             store(dp, place, times_unless_zero(p, sub(load(dp, place), less)))
 

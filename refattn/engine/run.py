@@ -21,7 +21,23 @@ FEW_ROWS = 8
 #: Positions travel as numbers of the operands' own format.
 LONGEST = {np.dtype(np.float32): 2**24, np.dtype(np.float64): 2**53}
 
-_one_at_a_time = threading.Lock()  # Numba's workqueue layer aborts the process when two threads enter it
+
+class _Pool:
+    """Numba's threads.  Its workqueue layer aborts the process when two callers enter, and its OpenMP layer a forked child that does."""
+
+    def __init__(self) -> None:
+        self.started = self.lost = False
+        self.one_at_a_time = threading.Lock()
+
+    def after_fork(self) -> None:
+        """A child inherits no threads: it computes alone, to the same bits."""
+        self.lost = self.lost or self.started
+        self.one_at_a_time = threading.Lock()
+
+
+_pool = _Pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.after_fork)
 
 
 def reason_against(problem: Problem) -> str:
@@ -32,9 +48,15 @@ def reason_against(problem: Problem) -> str:
     others = [name for name in problem.returns if name not in OUTPUTS]
     if others:
         return f"it does not return {others[0]}"
-    if dims["S"] >= LONGEST[_format(problem)]:
-        return f"S={dims['S']}; in {_format(problem)} it takes fewer than {LONGEST[_format(problem)]} keys"
-    return reason_against_plan(variant.plan(dims, problem.params))
+    plan, format_ = variant.plan(dims, problem.params), _format(problem)
+    against = reason_against_plan(plan)
+    if not against and dims["S"] >= LONGEST[format_]:
+        return f"S={dims['S']}; in {format_} it takes fewer than {LONGEST[format_]} keys"
+    limits = np.finfo(format_)
+    for number in (plan.scale, *(x for stage in plan.score_mods for x in stage.numbers)):
+        if number and not limits.smallest_normal <= abs(number) <= limits.max:
+            return f"{number:g} is beyond {format_}"
+    return against
 
 
 def reason_against_plan(plan: Plan) -> str:
@@ -77,7 +99,9 @@ class _Call:
         self.bias = _bias(problem, plan, format_)
         self.first, self.last = visible_range(plan, problem.dims)
         sinks = problem.given.get(plan.sinks)
-        self.sinks = np.full(self.q.shape[1], -np.inf, format_) if sinks is None else np.ascontiguousarray(sinks, format_)
+        with np.errstate(over="ignore"):  # beyond the format is infinite
+            sinks = None if sinks is None else np.ascontiguousarray(sinks, format_)
+        self.sinks = np.full(self.q.shape[1], -np.inf, format_) if sinks is None else sinks
         self.scale, self.cap = format_.type(plan.scale), format_.type(plan.score_mods[0].numbers[0] if plan.score_mods else 0.0)
         self.out, self.lse = np.empty((*self.q.shape[:3], self.v.shape[3]), format_), np.empty(self.q.shape[:3], format_)
         pairs = int((self.last - self.first).sum())
@@ -98,12 +122,16 @@ class _Call:
 
 
 def _launch(alone: Any, together: Any, arguments: tuple[Any, ...], work: float, threads: int | None) -> None:
-    workers = _threads() if threads is None else threads
-    if workers == 1 or work < PARALLEL_FROM:
-        alone(*arguments)
+    from .kernels import kernel
+
+    element = arguments[0].dtype
+    workers = available_threads() if threads is None else threads
+    if workers == 1 or work < PARALLEL_FROM or _pool.lost:
+        kernel(alone, element)(*arguments)
         return
-    with _one_at_a_time:
-        together(*arguments, workers)
+    with _pool.one_at_a_time:
+        _pool.started = True
+        kernel(together, element)(*arguments, workers)
 
 
 def visible_range(plan: Plan, dims: Dims) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +164,8 @@ def _bias(problem: Problem, plan: Plan, format_: np.dtype) -> np.ndarray:
     if not parts:
         return np.empty((0, 0, 0, 0), format_)
     bias = given.get(plan.bias)
-    small = np.zeros((), format_) if bias is None else bias.astype(format_)
+    with np.errstate(over="ignore"):  # beyond the format is infinite
+        small = np.zeros((), format_) if bias is None else bias.astype(format_)
     if plan.mask in given:
         small = np.where(given[plan.mask], small, format_.type(-np.inf))
     dims = problem.dims
@@ -160,7 +189,7 @@ def _fill_empty(rule: str, out: np.ndarray, lse: np.ndarray, v: np.ndarray) -> N
     np.copyto(out, np.broadcast_to(filler, out.shape).astype(out.dtype), where=empty[..., None])
 
 
-def _threads() -> int:
+def available_threads() -> int:
     """What the caller set, or OMP_NUM_THREADS where it says less than Numba."""
     import numba
 

@@ -15,7 +15,7 @@ only the width is chosen for the host.
     fma(x, y, z)                x * y + z, rounded once
     add, sub, mul, div          lane by lane
     maximum(x, y)               NaN where either is NaN
-    absolute, with_sign, where_less, between, bounded, plus_unless_hidden     as their docstrings say
+    absolute, with_sign, where_less, where_equal, between, bounded, plus_unless_hidden, times_unless_zero     as their docstrings say
     exp2(x)                     see below
     lane(v, n)                  one lane as a number
     total(v), widest(v)         sum and largest of the lanes
@@ -34,7 +34,7 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
-import llvmlite.ir as ir
+from llvmlite import ir
 from numba.core import types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
@@ -91,7 +91,7 @@ def _call(builder: ir.IRBuilder, base: str, kind: VecType, *args: Any) -> Any:
     return builder.call(function, args)
 
 
-def _pointer(context: Any, builder: ir.IRBuilder, array: types.Array, value: Any, at: types.Type, index: Any) -> Any:
+def _pointer(context: Any, builder: ir.IRBuilder, array: types.Array, value: Any, at: Any, index: Any) -> Any:
     """Pointer to an element."""
     view = context.make_array(array)(context, builder, value)
     indices = [index] if array.ndim == 1 else [builder.extract_value(index, n) for n in range(array.ndim)]
@@ -284,7 +284,7 @@ div = _lanewise(2, lambda builder, kind, x, y: builder.fdiv(x, y), "x / y")
 fma = _lanewise(3, lambda builder, kind, x, y, z: _call(builder, "fma", kind, x, y, z), "x * y + z, rounded once")
 maximum = _lanewise(2, _maximum, "the larger; NaN where either is NaN")
 
-#: Coefficients of 2**f on [-1/2, 1/2], constant term first: 1 + f g(f), with g interpolating (2**f - 1) / f at Chebyshev nodes, each rounded to its format.
+#: Coefficients of 2**f on [-1/2, 1/2], constant term first: 1 + f g(f), where g interpolates (2**f - 1) / f at Chebyshev nodes; then rounded.
 EXP2 = {
     types.float32: tuple(
         map(
@@ -350,6 +350,10 @@ def _with_sign(builder: ir.IRBuilder, kind: VecType, x: Any, y: Any) -> Any:
     return _call(builder, "copysign", kind, x, y)
 
 
+def _where_equal(builder: ir.IRBuilder, kind: VecType, x: Any, mark: Any, y: Any, z: Any) -> Any:
+    return builder.select(builder.fcmp_ordered("==", x, mark), y, z)
+
+
 def _where_less(builder: ir.IRBuilder, kind: VecType, x: Any, limit: Any, y: Any, z: Any) -> Any:
     return builder.select(builder.fcmp_ordered("<", x, limit), y, z)
 
@@ -362,6 +366,7 @@ def _times_unless_zero(builder: ir.IRBuilder, kind: VecType, x: Any, y: Any) -> 
 times_unless_zero = _lanewise(2, _times_unless_zero, "x * y, and 0 where x is 0 whatever y is")
 absolute = _lanewise(1, _absolute, "|x|")
 with_sign = _lanewise(2, _with_sign, "|x| with the sign of y")
+where_equal = _lanewise(4, _where_equal, "y where x == mark, elsewhere z")
 where_less = _lanewise(4, _where_less, "y where x < limit, elsewhere z")
 plus_unless_hidden = _lanewise(2, _plus_unless_hidden, "x + y, and -inf where y is -inf whatever x is")
 bounded = _lanewise(1, _bounded, "x, and 0 where it is -inf: a maximum nothing has raised yet, fit to be subtracted")

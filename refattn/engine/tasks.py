@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.ir as ir
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
