@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .api import cost as cost
     from .api import describe as describe
     from .api import gradients as gradients
+    from .api import set_num_threads as set_num_threads
     from .api import tolerance as tolerance
     from .api import variants as variants
 
@@ -34,6 +35,7 @@ _HOME = {
         "cost",
         "describe",
         "gradients",
+        "set_num_threads",
         "tolerance",
         "variants",
     ),

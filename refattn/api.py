@@ -6,15 +6,14 @@ from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import catalog, costs, definition, precision, problem
+from . import backends, catalog, costs, definition, precision, problem
 from .costs import Cost
 from .describe import Description, bibtex, described
-from .errors import BackendUnavailableError, OperandError, ParameterError
+from .errors import OperandError, ParameterError
+from .spec import Integer
 
 if TYPE_CHECKING:
     from .oracle.report import Report
-
-BACKENDS = ("auto", "definition", "cpu", "cuda")
 
 
 def attend(
@@ -57,8 +56,7 @@ def attend(
     """
     call = problem.bind(catalog.variant(name), operands, keywords, returns, layout)
     targets = None if out is None else problem.check_out(call, out)
-    _choose(name, backend)
-    return problem.release(call, definition.run(call), targets)
+    return problem.release(call, backends.run(call, backend), targets)
 
 
 def attention(q: Any, k: Any, v: Any, **keywords: Any) -> Any:
@@ -117,7 +115,7 @@ def gradients(
     -------
     namedtuple of ndarray
         ``d_q, d_k, ...`` in operand order, each in the shape and dtype its operand was given in.  Its attribute ``errors`` maps those
-        names to an estimate of the absolute error before rounding, per element.
+        names to an estimate of the absolute error before rounding, per element, where a definition was differentiated.
 
     Raises
     ------
@@ -125,8 +123,9 @@ def gradients(
 
     Notes
     -----
-    The definition is differentiated numerically (`refattn.derivatives`), about 17 evaluations for each element of each operand: made for
-    small problems.  Elements and outputs that are not finite count as constants.
+    The CPU engine recomputes weights from lse and needs memory proportional to the sequences.  A definition is differentiated numerically
+    (`refattn.derivatives`), about 17 evaluations for each element of each operand: made for small problems; there, elements and outputs
+    that are not finite count as constants.
 
     Examples
     --------
@@ -147,16 +146,43 @@ def gradients(
     options = {word: x for word, x in keywords.items() if word not in named}
     call = problem.bind(variant, operands, options, tuple(cotangents), layout)
     checked = {output: derivatives.check_cotangent(call, output, x) for output, x in cotangents.items()}
-    _choose(name, backend)
-    return derivatives.release(call, derivatives.gradients(call, checked))
+    return derivatives.release(call, backends.gradients(call, checked, backend))
 
 
-def _choose(name: str, backend: str) -> str:
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ParameterError(f"{name}: {catalog.unknown('backend', backend, BACKENDS)}")
-    if backend in ("cpu", "cuda"):
-        raise BackendUnavailableError(f"{name}: backend {backend!r} is not part of this version; use 'definition' or 'auto'")
-    return "definition"
+def set_num_threads(n: int) -> None:
+    """How many threads the CPU engine uses; results do not depend on it, to the last bit.
+
+    Parameters
+    ----------
+    n : int
+        From 1 to the limit with which the process started: the number of processors it may use, or ``NUMBA_NUM_THREADS``, or
+        ``OMP_NUM_THREADS`` where that is less.
+
+    Raises
+    ------
+    ParameterError
+
+    Notes
+    -----
+    It holds for calls from the Python thread that made it, as `numba.set_num_threads` does; other threads begin at the limit.  Calls too small
+    to gain from a second thread use one.
+
+    Examples
+    --------
+    >>> import refattn as ra
+    >>> ra.set_num_threads(1)
+    """
+    import numba
+
+    from .engine.run import available_threads
+
+    before = numba.get_num_threads()
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    allowed = Integer(1, available_threads())
+    if not allowed.accepts(n):
+        numba.set_num_threads(before)
+        raise ParameterError(f"set_num_threads: n={n!r}; must be {allowed.rule}")
+    numba.set_num_threads(int(n))
 
 
 # ---- know --------------------------------------------------------------------------------------------------------------------
@@ -198,7 +224,8 @@ def describe(name: str) -> Description:
     ------
     UnknownVariantError
     """
-    return described(catalog.variant(name))
+    variant = catalog.variant(name)
+    return described(variant, backends.of(variant))
 
 
 def cite(name: str) -> str:

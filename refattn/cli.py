@@ -5,12 +5,14 @@ Exit status: 0 it agrees (or the command did what it says), 1 it does not agree,
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,9 +20,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
-from . import __version__, adapters, api, catalog
+from . import __version__, adapters, api, catalog, definition
 from .errors import BackendUnavailableError, CandidateError, ParameterError, RefattnError
 
 app = typer.Typer(
@@ -178,6 +181,31 @@ def vectors(
         table.add_row(row.case, row.output, "[green]agrees" if row.agrees else f"[red]{row.reason or 'differs'}", f"{row.ratio:.2g}")
     screen.print(table)
     raise typer.Exit(0 if rows and all(row.agrees for row in rows) else 1)
+
+
+@app.command()
+def warmup() -> None:
+    """Compile the CPU engine and every definition once, into Numba's cache on disk: no later process waits for the compiler."""
+    import numba
+
+    from .engine import warmup as engine
+
+    if numba.config.DISABLE_JIT:
+        raise BackendUnavailableError("warmup: NUMBA_DISABLE_JIT is set, so nothing would be compiled")
+    jobs = {f"kernel: {job}": functools.partial(engine.compiled, job) for job in engine.JOBS}
+    jobs |= {f"definition: {name}": functools.partial(definition.compiled, catalog.variant(name)) for name in catalog.names()}
+    start = time.perf_counter()
+    with Progress(*Progress.get_default_columns(), console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("", total=len(jobs))
+        for text, job in jobs.items():
+            bar.update(task, description=text)
+            job()
+            bar.advance(task)
+    folders = {str(engine.cache_folder())} | {definition.compiled(catalog.variant(name)).stats.cache_path for name in catalog.names()}
+    counted = f"{len(engine.JOBS)} kernels and {len(catalog.names())} definitions"
+    screen.print(f"{counted} are ready, after {time.perf_counter() - start:.0f} seconds; the cache is in", highlight=False)
+    for folder in sorted(folders):
+        screen.print(f"  {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -7,6 +7,7 @@ small that compiling would be most of its time runs as plain Python; the arithme
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,13 @@ from .spec import Operand, Param, Variant
 PLAIN_PYTHON_FLOPS = 2_000
 
 
-def run(problem: Problem) -> dict[str, np.ndarray]:
-    """All outputs of the variant's definition, float64, by name."""
+def run(problem: Problem, arrays: Sequence[np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """All outputs of the variant's definition, float64, by name; on other arrays than the problem's where they are given."""
     variant = problem.variant
     tiny = flops(problem) <= PLAIN_PYTHON_FLOPS
     define = variant.define if tiny else compiled(variant)
     with np.errstate(all="ignore"):  # infinities and NaN are answers here, as they are in compiled code
-        results = define(*problem.arrays, *problem.arguments)
+        results = define(*(problem.arrays if arrays is None else arrays), *problem.arguments)
     if len(variant.outputs) == 1:
         results = (results,)
     return {o.name: x for o, x in zip(variant.outputs, results, strict=True)}

@@ -57,7 +57,7 @@ class Description:
         return "\n".join(lines)
 
 
-def described(variant: Variant) -> Description:
+def described(variant: Variant, backends: tuple[str, ...]) -> Description:
     """Everything a variant declares, gathered for reading."""
     return Description(
         name=variant.name,
@@ -70,7 +70,7 @@ def described(variant: Variant) -> Description:
         outputs=variant.outputs,
         params=variant.params,
         axes={axis: AXES[axis] for axis in variant.axes if axis in AXES},
-        backends=("definition",),
+        backends=backends,
         formulas={"flops": variant.cost.flops, "numbers allocated": variant.cost.memory},
     )
 

@@ -89,16 +89,19 @@ def as_dtype(dtype: object) -> np.dtype:
     return resolved.newbyteorder("=")
 
 
+@functools.cache
 def is_real(dtype: np.dtype) -> bool:
     """Whether the elements are floating-point numbers of a known format."""
     return dtype.name in _FORMATS
 
 
 def round_to(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """float64 values rounded once, to nearest even, into `dtype`.
+    """Values rounded once, to nearest even, into `dtype`.
 
     Overflow follows the format: to infinity where it has one, to NaN in float8_e4m3fn and the other formats without.
     """
+    if x.dtype == dtype:
+        return x
     if dtype.itemsize >= 4 or dtype == np.float16:
         with np.errstate(over="ignore"):
             return np.asarray(x, np.float64).astype(dtype)

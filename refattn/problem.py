@@ -1,11 +1,11 @@
 """The door: arrays and parameters in, a checked Problem out; results back in the caller's layout and dtype.
 
-`bind` is the only validation in refattn.  Behind it every array is float64 (or boolean), every axis fits, every parameter is a number,
-and code trusts what it gets.
+`bind` is the only validation in refattn.  Behind it every axis fits, every parameter is a number, and code trusts what it gets.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +31,6 @@ class Problem:
         Size of every axis.
     given : mapping
         The caller's operands by name, as NumPy arrays in BHTD layout and their own dtype; absent ones are left out.
-    arrays : tuple of ndarray
-        What a definition takes: all operands in order, float64 or boolean, absent ones as their neutral element, broadcast.
     params : mapping
         Every parameter, defaults filled in.
     returns : tuple of str
@@ -44,11 +42,15 @@ class Problem:
     variant: Variant
     dims: Dims
     given: Mapping[str, np.ndarray]
-    arrays: tuple[np.ndarray, ...]
     params: Mapping[str, Any]
     returns: tuple[str, ...]
     dtype: np.dtype
     layout: str = "BHTD"
+
+    @functools.cached_property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What a definition takes: all operands in order, float64 or boolean, absent ones as their neutral element, broadcast."""
+        return tuple(_canonical(o, self.given.get(o.name), self.dims) for o in self.variant.operands)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -96,9 +98,8 @@ def bind(
     except ShapeError as mismatch:
         raise ShapeError(f"{mismatch}{_other_layout(variant, given, layout)}") from None
     params = _params(variant, options)
-    canonical = tuple(_canonical(variant, o, given.get(o.name), dims) for o in variant.operands)
     required = {o.name: given[o.name].dtype.newbyteorder("=") for o in variant.operands if o.kind == "real" and not o.optional}
-    return Problem(variant, dims, given, canonical, params, wanted, precision.common(required, variant.name), layout)
+    return Problem(variant, dims, given, params, wanted, precision.common(required, variant.name), layout)
 
 
 def bind_sizes(variant: Variant, sizes: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
@@ -283,7 +284,7 @@ def _shown(value: object) -> str:
     return text if 0 < len(text) <= 60 and "\n" not in text else f"<{type(value).__name__}>"
 
 
-def _canonical(variant: Variant, operand: Operand, x: np.ndarray | None, dims: Dims) -> np.ndarray:
+def _canonical(operand: Operand, x: np.ndarray | None, dims: Dims) -> np.ndarray:
     dtype = np.bool_ if operand.kind == "boolean" else np.float64
     full = shape(operand.axes, dims)
     if x is None:

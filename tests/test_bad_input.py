@@ -186,7 +186,7 @@ CALLS = {
     "backend unknown": ({"backend": "gpu"}, ParameterError, ["no backend named 'gpu'", "did you mean 'cpu'"]),
     "backend None": ({"backend": None}, ParameterError, ["backend", "None", "cuda"]),
     "backend cuda": ({"backend": "cuda"}, BackendUnavailableError, ["'cuda'", "definition"]),
-    "backend cpu": ({"backend": "cpu"}, BackendUnavailableError, ["'cpu'", "definition"]),
+    "backend cpu": ({"backend": "cpu", "returns": "weights"}, BackendUnavailableError, ["'cpu'", "does not return weights", "definition"]),
     # out
     "out read-only": ({"out": READ_ONLY}, OperandError, ["out for out is read-only"]),
     "out of another shape": ({"out": f32(2, 4, 5, 8)}, ShapeError, [r"\(2, 4, 5, 8\)", r"must be \(2, 4, 5, 6\)", "B Hq T E"]),
@@ -306,6 +306,7 @@ def no_kernel(monkeypatch):
 
     monkeypatch.setattr("refattn.definition.run", kernel)
     monkeypatch.setattr("refattn.definition.compiled", kernel)
+    monkeypatch.setattr("refattn.engine.run.run", kernel)
 
 
 def test_a_good_call_reaches_the_kernel_that_bad_ones_must_not(no_kernel):

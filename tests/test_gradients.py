@@ -176,7 +176,7 @@ def softmax_call(rng, shape_of_bias=(4, 1, 5)):
 
 def test_the_gradient_of_summed_outputs_by_values_is_the_column_sums_of_weights():
     x = softmax_call(np.random.default_rng(1))
-    found = ra.gradients("softmax", **x, d_out=np.ones((2, 4, 3, 3)))
+    found = ra.gradients("softmax", **x, d_out=np.ones((2, 4, 3, 3)), backend="definition")
     columns = ra.attend("softmax", **x, returns="weights").reshape(2, 2, 2, 3, 5).sum((2, 3))
     assert np.all(np.abs(found.d_v - columns[..., None]) <= found.errors["d_v"] + 2.0**-53 * 8 * columns[..., None])
 
@@ -185,10 +185,10 @@ def test_scores_shifted_as_one_change_nothing_but_lse():
     x = softmax_call(np.random.default_rng(2), (2, 4, 3, 5))
     del x["sinks"]
     rng = np.random.default_rng(3)
-    found = ra.gradients("softmax", **x, d_out=rng.standard_normal((2, 4, 3, 3)))
+    found = ra.gradients("softmax", **x, d_out=rng.standard_normal((2, 4, 3, 3)), backend="definition")
     assert np.all(np.abs(found.d_bias.sum(-1)) <= found.errors["d_bias"].sum(-1)) and np.abs(found.d_bias).min() > 1e-4
     d_lse = rng.standard_normal((2, 4, 3))
-    found = ra.gradients("softmax", **x, d_lse=d_lse)
+    found = ra.gradients("softmax", **x, d_lse=d_lse, backend="definition")
     expected = d_lse[..., None] * ra.attend("softmax", **x, returns="weights")
     assert np.all(np.abs(found.d_bias - expected) <= found.errors["d_bias"] + 2.0**-53 * 64 * np.abs(expected))
 
@@ -213,7 +213,7 @@ def test_what_is_hidden_or_infinite_has_gradient_zero_and_leaks_no_nan():
 
 def test_a_gradient_below_the_rounding_of_the_outputs_is_within_its_estimate():
     q, k, v = np.ones((1, 1, 1, 1)), np.array([0.0, -1.0]).reshape(1, 1, 2, 1), np.ones((1, 1, 2, 1))
-    found = ra.gradients("softmax", q, k, v, d_out=np.ones((1, 1, 1, 1)), scale=70.0)
+    found = ra.gradients("softmax", q, k, v, d_out=np.ones((1, 1, 1, 1)), scale=70.0, backend="definition")
     off = np.abs(found.d_v - ra.attention(q, k, v, scale=70.0, returns="weights").reshape(v.shape))
     assert off[0, 0, 1, 0] > 0.0 and np.all(off <= found.errors["d_v"]) and np.all(found.errors["d_v"] < 1e-12)
 
@@ -223,8 +223,8 @@ def test_gradients_come_back_in_each_operands_dtype_and_shape(dtype):
     exact = softmax_call(np.random.default_rng(5))
     x = {name: round_to(a, np.dtype(dtype)) for name, a in exact.items()} | {"bias": exact["bias"].astype(">f8")}
     d_out = np.random.default_rng(6).standard_normal((2, 4, 3, 3))
-    found = ra.gradients("softmax", **x, d_out=d_out)
-    wide = ra.gradients("softmax", **{name: a.astype(np.float64) for name, a in x.items()}, d_out=d_out)
+    found = ra.gradients("softmax", **x, d_out=d_out, backend="definition")
+    wide = ra.gradients("softmax", **{name: a.astype(np.float64) for name, a in x.items()}, d_out=d_out, backend="definition")
     for name, gradient in found._asdict().items():
         operand = x[name[2:]]
         assert gradient.shape == operand.shape and gradient.dtype == operand.dtype.newbyteorder("=")
@@ -234,9 +234,9 @@ def test_gradients_come_back_in_each_operands_dtype_and_shape(dtype):
 def test_the_other_layout_is_a_transpose():
     x = softmax_call(np.random.default_rng(7))
     d_out = np.random.default_rng(8).standard_normal((2, 4, 3, 3))
-    expected = ra.gradients("softmax", **x, d_out=d_out, causal=True)
+    expected = ra.gradients("softmax", **x, d_out=d_out, causal=True, backend="definition")
     turned = {name: np.swapaxes(a, 1, 2) if name in "qkv" else a for name, a in x.items()}
-    found = ra.gradients("softmax", **turned, d_out=np.swapaxes(d_out, 1, 2), causal=True, layout="BTHD")
+    found = ra.gradients("softmax", **turned, d_out=np.swapaxes(d_out, 1, 2), causal=True, layout="BTHD", backend="definition")
     for name in found._fields:
         back = np.swapaxes(getattr(found, name), 1, 2) if name[2:] in "qkv" else getattr(found, name)
         same(back, getattr(expected, name))
@@ -276,7 +276,7 @@ def test_long_work_shows_a_bar_on_a_terminal_and_nothing_in_a_pipe(terminal, mon
     monkeypatch.setattr(derivatives, "PROGRESS_FROM", 0.0)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
-    ra.gradients("softmax", **softmax_call(np.random.default_rng(0)), d_out=np.ones((2, 4, 3, 3)))
+    ra.gradients("softmax", **softmax_call(np.random.default_rng(0)), d_out=np.ones((2, 4, 3, 3)), backend="definition")
     shown = capsys.readouterr()
     assert shown.out == "" and ("gradients of softmax" in shown.err) == terminal
 
@@ -290,7 +290,7 @@ def test_gradients_agree_with_torch_autograd(params, bias_shape):
     rng = np.random.default_rng(12)
     x = softmax_call(rng, bias_shape)
     d_out, d_lse = rng.standard_normal((2, 4, 3, 3)), rng.standard_normal((2, 4, 3))
-    found = ra.gradients("softmax", **x, **params, d_out=d_out, d_lse=d_lse)
+    found = ra.gradients("softmax", **x, **params, d_out=d_out, d_lse=d_lse, backend="definition")
     leaves = {name: torch.tensor(a, requires_grad=True) for name, a in x.items()}
     out, lse = torch_softmax(torch, **leaves, **params)
     ((out * torch.tensor(d_out)).sum() + (lse * torch.tensor(d_lse)).sum()).backward()

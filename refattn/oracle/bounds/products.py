@@ -7,8 +7,6 @@ values replaced by their magnitudes, the definition gives sum of w |v|.  No term
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from ... import definition
@@ -43,4 +41,4 @@ def _on(problem: Problem, change) -> dict[str, np.ndarray]:  # type: ignore[no-u
         return np.ascontiguousarray(change(operand, x)) if operand.kind == "real" and x.size else x
 
     arrays = tuple(one(o, x) for o, x in zip(problem.variant.operands, problem.arrays, strict=True))
-    return definition.run(dataclasses.replace(problem, arrays=arrays))
+    return definition.run(problem, arrays)
