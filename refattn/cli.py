@@ -218,7 +218,8 @@ def doctor() -> None:
         table.add_row(package, _version(package) or "[dim]not installed")
     table.add_row("variants", str(len(catalog.names())))
     table.add_row("backend definition", "[green]works" if importlib.util.find_spec("numba") else "[red]numba is missing")
-    table.add_row("backend cpu, cuda", "[dim]not part of this version")
+    table.add_row("backend cpu", "[green]works" if importlib.util.find_spec("numba") else "[red]numba is missing")
+    table.add_row("backend cuda", "[dim]not part of this version")
     for name in adapters.names():
         try:
             state = f"[green]works[/]  {adapters.load(name).name}"

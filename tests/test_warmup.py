@@ -106,7 +106,7 @@ def test_as_many_threads_are_used_as_were_set(threads, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for n in (1, threads, np.int64(threads)):
         assert ra.set_num_threads(n) is None
-        assert run._threads() == n
+        assert run.available_threads() == n
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.0, True, "2", None, [1], 10**9])
