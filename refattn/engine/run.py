@@ -177,14 +177,14 @@ def _bias(problem: Problem, plan: Plan, format_: np.dtype) -> np.ndarray:
 
 
 def _fill_empty(rule: str, out: np.ndarray, lse: np.ndarray, v: np.ndarray) -> None:
-    """What rows that see nothing return; the kernel left them 0."""
-    if rule == "zero":
+    """What rows that see nothing return; the kernel left them 0, which they are where there are no keys at all."""
+    if rule == "zero" or not v.shape[2]:
         return
     empty = np.isneginf(lse)
     if not empty.any():
         return
     group = out.shape[1] // v.shape[1]
-    mean = np.repeat(v.mean(axis=2, dtype=np.float64), group, axis=1) if v.shape[2] else np.full((*out.shape[:2], v.shape[3]), np.nan)
+    mean = np.repeat(v.mean(axis=2, dtype=np.float64), group, axis=1)
     filler = mean[:, :, None] if rule == "uniform" else np.nan
     np.copyto(out, np.broadcast_to(filler, out.shape).astype(out.dtype), where=empty[..., None])
 
