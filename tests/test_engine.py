@@ -390,3 +390,11 @@ except ra.BackendUnavailableError as refusal:
 
 def test_without_a_compiler_auto_chooses_the_definition_and_cpu_says_why():
     assert printed_by(PLAIN, NUMBA_DISABLE_JIT="1").startswith("softmax: backend 'cpu' does not run this call: NUMBA_DISABLE_JIT is set")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_widths_that_are_not_contiguous_are_read_in_order(dtype):
+    operands_in_order = operands(np.dtype(dtype), T=20, S=30, D=6, E=6)
+    turned = [np.ascontiguousarray(np.swapaxes(x, 2, 3)).swapaxes(2, 3) for x in operands_in_order]
+    for name, x in run(call_of(*operands_in_order)).items():
+        same(run(call_of(*turned))[name], x, name)

@@ -153,7 +153,7 @@ def _rows(x: np.ndarray, format_: np.dtype) -> np.ndarray:
     """With a head axis, in the kernel's format, the last axis contiguous; a copy only where one is needed."""
     x = x[:, None] if x.ndim == 3 else x
     if x.dtype != format_ or not x.dtype.isnative or not x.flags.aligned:
-        return x.astype(format_)
+        return x.astype(format_, order="C")  # left to itself a copy keeps the order of a transposed array
     return x if x.shape[3] == 1 or x.strides[3] == x.itemsize else np.ascontiguousarray(x)
 
 
