@@ -269,7 +269,10 @@ class Plan:
     similarity
         A piece of pieces/similarities.
     normalizer
-        ``"softmax"`` over keys, ``"softmax over queries"``, or ``"sigmoid"`` entry by entry.
+        ``"softmax"``, ``"sparsemax"`` or ``"entmax15"`` over keys, ``"softmax over queries"``, or entry by entry ``"sigmoid"`` or
+        ``"relu"``: max(score, 0)**power / divisor.
+    power, divisor
+        Of ``"relu"``; no other normaliser reads them.
     query, key, value, bias, mask, sinks, residual
         Names of the operands that play these parts; "" for a part the variant does not have.  A residual is added to the output.
     weights
@@ -284,6 +287,8 @@ class Plan:
 
     similarity: ModuleType
     normalizer: str = "softmax"
+    power: int = 1
+    divisor: float = 1.0
     query: str = "q"
     key: str = "k"
     value: str = "v"

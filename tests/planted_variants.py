@@ -105,6 +105,86 @@ def sigmoid(q, k, v, bias=None, mask=None, *, scale=None, shift=None, causal=Fal
     return (p / p.sum(-1, keepdims=True) if fault == "normalised" else p) @ v
 
 
+def everyday_scores(q, k, bias, mask, scale, softcap, causal, window, late=0):
+    """Scores with -inf where hidden; a window of `late` more keys on either side."""
+    n_q, n_k = q.shape[2], k.shape[2]
+    s = q @ per_query_head(k, q.shape[1]).swapaxes(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
+    s = s if softcap is None else softcap * np.tanh(s / softcap)
+    s = s if bias is None else s + bias
+    seen = aligned(n_q, n_k, causal)
+    if window is not None:
+        ahead = np.arange(n_k) - np.arange(n_q)[:, None] - (0 if causal == "top_left" else n_k - n_q)
+        left, right = (math.inf if side is None else side + late for side in window)
+        seen = seen & (-left <= ahead) & (ahead <= right)
+    return hidden(s, seen if mask is None else seen & mask)
+
+
+def thresholded(s, power, every_key=False):
+    """Weights max(s / power - tau, 0) ** power that sum to one, by sorting, and tau; where `every_key`, tau as if no weight were 0."""
+    if not s.shape[-1]:
+        return s, np.full(s.shape[:-1], -np.inf, s.dtype)
+    top = s.max(-1, keepdims=True)
+    z = (s - np.where(np.isneginf(top), 0, top)) / power
+    falling, n = -np.sort(-z, axis=-1), np.arange(1, s.shape[-1] + 1, dtype=s.dtype)
+    mean = np.cumsum(falling, -1) / n
+    squares = np.cumsum(falling**2, -1) / n
+    taus = mean - (1 / n if power == 1 else np.sqrt(np.maximum(1 / n - squares + mean**2, 0)))
+    support = np.isfinite(falling) & (every_key | (falling >= taus))
+    tau = np.take_along_axis(taus, np.maximum(support.sum(-1, keepdims=True), 1) - 1, -1)
+    p = np.where(z > tau, z - tau, s.dtype.type(0)) ** power
+    return p, np.where(np.isneginf(top), top, tau + top / power)[..., 0]
+
+
+def sparsemax(q, k, v, bias=None, mask=None, *, scale=None, softcap=None, causal=False, window=None, fault=""):
+    s = everyday_scores(q, k, bias, mask, scale, softcap, causal, window, late=1 if fault == "window too wide" else 0)
+    if fault == "hidden scores of zero":
+        s = np.where(np.isneginf(s), s.dtype.type(0), s)
+    if fault == "positive parts divided by their sum":
+        p = np.maximum(s, 0)
+        p, tau = p / np.maximum(p.sum(-1, keepdims=True), s.dtype.type(1e-30)), np.zeros(s.shape[:-1], s.dtype)
+    elif fault == "1.5-entmax":
+        p, tau = thresholded(s, 2)
+    else:
+        p, tau = thresholded(s, 1, every_key=fault == "every key in the support")
+    if fault == "threshold less the maximum":
+        tau = tau - np.where(np.isneginf(tau), 0, s.max(-1, initial=s.dtype.type(-np.inf)))
+    return p @ per_query_head(v, q.shape[1]), tau
+
+
+def entmax15(q, k, v, bias=None, mask=None, *, scale=None, softcap=None, causal=False, window=None, fault=""):
+    s = everyday_scores(q, k, bias, mask, scale, softcap, causal, window)
+    p, tau = thresholded(2 * s if fault == "scores not halved" else s, 2, every_key=fault == "every key in the support")
+    if fault == "not squared":
+        p = np.sqrt(p)
+    if fault == "sparsemax of halves":
+        p, tau = thresholded(s / 2, 1)
+    if fault == "squared after sparsemax":
+        p, tau = thresholded(s, 1)
+        p = p**2
+    if fault == "softmax":
+        p = softmax(s)
+    if fault == "threshold of whole scores":
+        tau = 2 * tau
+    return p @ per_query_head(v, q.shape[1]), tau
+
+
+def relu(q, k, v, bias=None, mask=None, *, scale=None, softcap=None, causal=False, window=None, power=1, divisor=None, fault=""):
+    s = everyday_scores(q, k, bias, mask, scale, softcap, causal, window)
+    n = max(q.shape[2] if fault == "divided by the queries" else k.shape[2], 1) if divisor is None else divisor
+    if fault == "divided by the keys seen" and divisor is None:
+        n = np.maximum(np.isfinite(s).sum(-1, keepdims=True), 1).astype(s.dtype)
+    if fault == "not divided" and divisor is None:
+        n = 1
+    if fault == "softplus":
+        p = np.log1p(np.exp(s))
+    elif fault == "magnitudes":
+        p = np.where(np.isneginf(s), s.dtype.type(0), np.abs(s))
+    else:
+        p = np.maximum(s, 0)
+    p = (p / n) ** power if fault == "divided before the power" else p ** (1 if fault == "power ignored" else power) / n
+    return p @ per_query_head(v, q.shape[1])
+
+
 def multi_head(query, key, value, w_q, w_k, w_v, w_o, b_q=None, b_k=None, b_v=None, b_o=None, mask=None, *, scale=None, causal=False, fault=""):
     def projected(x, w, b):
         made = np.einsum("bnm,hmd->bhnd", x, w)
@@ -165,6 +245,19 @@ TRANSCRIPTIONS = {
     "additive": (additive, ("out",), ("tanh left out", "bias dropped", "product for sum")),
     "article_sdpa": (article_sdpa, ("out", "weights"), ("the axis that was meant", "axis ignored", "mask inverted")),
     "cosine_residual": (cosine_residual, ("out",), ("residual left out", "one side not normalised", "unit vectors averaged")),
+    "entmax15": (
+        entmax15,
+        ("out", "threshold"),
+        (
+            "scores not halved",
+            "every key in the support",
+            "not squared",
+            "sparsemax of halves",
+            "squared after sparsemax",
+            "softmax",
+            "threshold of whole scores",
+        ),
+    ),
     "linear": (
         linear,
         ("out",),
@@ -178,6 +271,19 @@ TRANSCRIPTIONS = {
         ("out",),
         ("biases dropped", "output bias dropped", "value's tokens from the key", "heads tiled", "root of the model width"),
     ),
+    "relu": (
+        relu,
+        ("out",),
+        (
+            "divided by the keys seen",
+            "divided by the queries",
+            "not divided",
+            "divided before the power",
+            "power ignored",
+            "softplus",
+            "magnitudes",
+        ),
+    ),
     "retention": (
         retention,
         ("out", "state"),
@@ -187,6 +293,18 @@ TRANSCRIPTIONS = {
         sigmoid,
         ("out",),
         ("shift left out", "shift of the number of queries", "hidden scores of zero", "normalised"),
+    ),
+    "sparsemax": (
+        sparsemax,
+        ("out", "threshold"),
+        (
+            "every key in the support",
+            "hidden scores of zero",
+            "positive parts divided by their sum",
+            "1.5-entmax",
+            "threshold less the maximum",
+            "window too wide",
+        ),
     ),
 }
 

@@ -202,6 +202,10 @@ def planned(problem):
 def normalised(plan, scores, sinks):
     if plan.normalizer == "sigmoid":
         return 1.0 / (1.0 + np.exp(-scores))
+    if plan.normalizer == "relu":
+        return np.maximum(scores, 0.0) ** plan.power / plan.divisor
+    if plan.normalizer in ("sparsemax", "entmax15"):
+        return beyond_a_threshold(scores, {"sparsemax": 1, "entmax15": 2}[plan.normalizer])
     axis = {"softmax": 3, "softmax over queries": 2}[plan.normalizer]
     if axis == 3:  # a sink is one more score of the row, whose weight is then dropped
         scores = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))], 3)
@@ -210,3 +214,15 @@ def normalised(plan, scores, sinks):
     total = exponentials.sum(axis, keepdims=True)
     weights = np.divide(exponentials, total, out=np.zeros_like(scores), where=total != 0.0)
     return weights[..., :-1] if axis == 3 else weights
+
+
+def beyond_a_threshold(scores, power):
+    """max(scores / power - tau, 0) ** power with rows that sum to one: the sum falls as tau rises, so tau is found by bisection."""
+    top = np.max(scores, 3, keepdims=True)
+    z = (scores - np.where(top > -np.inf, top, 0.0)) / power
+    low, high = np.full(top.shape, -1.0), np.zeros(top.shape)
+    for _ in range(60):
+        tau = (low + high) / 2.0
+        too_much = np.sum(np.maximum(z - tau, 0.0) ** power, 3, keepdims=True) > 1.0
+        low, high = np.where(too_much, tau, low), np.where(too_much, high, tau)
+    return np.maximum(z - low, 0.0) ** power

@@ -1,8 +1,9 @@
 """Each variant against something nobody here wrote.
 
 Where a library has the whole operation, it is called: torch's nn.MultiheadAttention, its scaled_dot_product_attention for luong_dot, ONNX's
-reference evaluator, transformers' MiniMax layer.  For the rest the operation is composed from a library's own operations in another
-formulation than the definition's: batched matrix products, masked_fill, nn.Linear, F.bilinear, F.cosine_similarity, elu, sigmoid.
+reference evaluator, transformers' MiniMax layer, the normalisers of the entmax package.  For the rest the operation is composed from a
+library's own operations in another formulation than the definition's: batched matrix products, masked_fill, nn.Linear, F.bilinear,
+F.cosine_similarity, elu, sigmoid, relu.
 
 Both sides round, so a tolerance is twice the worst-case error of one: unit roundoff x roundings x the sum of the absolute values of what is
 added, to first order.  An error e in a score is a relative error of at most 2e in a softmax weight (numerator and denominator), of at
@@ -237,6 +238,92 @@ def test_sigmoid_is_torch_sigmoid_of_the_scores(causal, shift):
     size = np.abs(np.repeat(v, 2, axis=1))
     assert_within(weights, our_weights, of_weights)
     assert_within(out, ours, of_weights @ size + 2 * DOUBLE * 8 * (our_weights @ size))
+
+
+def everyday_call():
+    """Operands with two query heads to a key-value head, and scores by torch whose hidden entries, by causality and a mask, are -inf."""
+    visible = np.random.default_rng(5).random((4, 5, 7)) < 0.7
+    visible[..., 0] = True
+    operands = {"q": numbers(1, 2, 4, 5, 8), "k": numbers(2, 2, 2, 7, 8), "v": numbers(3, 2, 2, 7, 3), "bias": numbers(4, 4, 5, 7)}
+    return operands, visible
+
+
+def everyday_scores(leaves, visible):
+    import torch
+
+    scores = leaves["q"] @ leaves["k"].repeat_interleave(2, dim=1).mT / math.sqrt(8) + leaves["bias"]
+    return scores.masked_fill(~torch.from_numpy(np.tril(visible, 2)), -math.inf)  # S - T
+
+
+def everyday_score_error(operands):
+    return (dot.roundings(8, 8) + 4) * dot.amplitude(operands["q"], np.repeat(operands["k"], 2, axis=1)) / math.sqrt(8) + 2 * np.abs(operands["bias"])
+
+
+def leaves_of(operands):
+    import torch
+
+    return {name: torch.tensor(x, requires_grad=True) for name, x in operands.items()}
+
+
+def assert_gradients_agree(name, operands, leaves, out, **params):
+    """Of a random combination of the outputs' elements, through torch and by differences of the definition."""
+    import torch
+
+    d_out = numbers(9, *out.shape)
+    (out * torch.from_numpy(d_out)).sum().backward()
+    found = ra.gradients(name, **operands, **params, d_out=d_out, backend="definition")
+    for operand, leaf in leaves.items():
+        expected = leaf.grad.numpy()
+        # One element sums no more than B Hq T S products of score gradients, and those as many of E values and S weights.
+        tolerance = found.errors["d_" + operand] + DOUBLE * (2 * 4 * 5 * 7 + 3 + 7) * np.abs(expected).max()
+        assert_within(expected, getattr(found, "d_" + operand), tolerance)
+
+
+@pytest.mark.parametrize("bisected", [False, True])
+@pytest.mark.parametrize("name, power", [("sparsemax", 1), ("entmax15", 2)])
+def test_sparse_weights_are_those_of_the_entmax_package(name, power, bisected):
+    import entmax
+
+    operands, visible = everyday_call()
+    leaves = leaves_of(operands)
+    scores = everyday_scores(leaves, visible)
+    weights = entmax.entmax_bisect(scores, alpha=1 + 1 / power) if bisected else getattr(entmax, name)(scores, dim=-1)
+    out = weights @ leaves["v"].repeat_interleave(2, dim=1)
+    params = {"mask": visible, "causal": True}
+    ours, our_weights, threshold = ra.attend(name, **operands, **params, returns=("out", "weights", "threshold"))
+    seen = np.isfinite(scores.detach().numpy())
+    # A threshold moves no more than the score that moves most.  Its own roundings: of at most 7 numbers within 1 of the maximum and their
+    # squares, two at a time; three times that for a key at the threshold.  Bisection halves an interval of 1 fifty times.
+    moved = 2 * DOUBLE * np.max(np.where(seen, everyday_score_error(operands), 0.0), axis=-1, keepdims=True)
+    rounded = 2 * DOUBLE * (3 * (7 + 4) * (2 * 7 + 1) + np.abs(threshold[..., None])) + 2.0**-50 * 7 * bisected
+    of_weights = np.where(seen, power * (2 * moved + rounded), 0.0)
+    size = np.abs(np.repeat(operands["v"], 2, axis=1))
+    assert 0.2 < np.mean(our_weights[np.broadcast_to(seen, our_weights.shape)] == 0.0) < 0.9
+    assert_within(weights.detach(), our_weights, of_weights)
+    assert_within(out.detach(), ours, of_weights @ size + 2 * DOUBLE * 8 * (our_weights @ size))
+    if not bisected:
+        assert_gradients_agree(name, operands, leaves, out, **params)
+
+
+@pytest.mark.parametrize("power", [1, 2, 3])
+@pytest.mark.parametrize("divisor", [None, 2.5])
+def test_relu_is_torch_relu_of_the_scores(divisor, power):
+    import torch
+
+    operands, visible = everyday_call()
+    leaves = leaves_of(operands)
+    scores = everyday_scores(leaves, visible)
+    weights = torch.relu(scores).pow(power) / (7 if divisor is None else divisor)
+    out = weights @ leaves["v"].repeat_interleave(2, dim=1)
+    params = {"mask": visible, "causal": True, "power": power, "divisor": divisor}
+    ours, our_weights, our_scores = ra.attend("relu", **operands, **params, returns=("out", "weights", "scores"))
+    largest = np.where(np.isfinite(our_scores), np.abs(our_scores), 0.0)
+    error = np.where(np.isfinite(our_scores), everyday_score_error(operands), 0.0)
+    of_weights = 2 * DOUBLE * (power * error * largest ** (power - 1) + (FUNCTION + power) * largest**power) / (7 if divisor is None else divisor)
+    size = np.abs(np.repeat(operands["v"], 2, axis=1))
+    assert_within(weights.detach(), our_weights, of_weights)
+    assert_within(out.detach(), ours, of_weights @ size + 2 * DOUBLE * 8 * (our_weights @ size))
+    assert_gradients_agree("relu", operands, leaves, out, **params)
 
 
 def features(x):

@@ -36,7 +36,7 @@ def define(q, k, v, bias, mask, scale, shift, causal):
             for i in range(n_q):
                 position = i if causal == 2 else i + n_k - n_q  # causal: 0 no, 1 bottom-right, 2 top-left
                 for j in range(n_k):
-                    if (causal == 0 or j <= position) and mask[b, h, i, j]:
+                    if (causal == 0 or j <= position) and mask[b, h, i, j] and bias[b, h, i, j] != -np.inf:
                         s = 0.0
                         for x in range(d):
                             s += q[b, h, i, x] * k[b, g, j, x]

@@ -47,7 +47,7 @@ def define(q, k, v, bias, mask, sinks, scale, softcap, causal, window, empty_row
                     last = min(last, position)
                 top = sinks[h]
                 for j in range(n_k):
-                    if first <= j <= last and mask[b, h, i, j]:
+                    if first <= j <= last and mask[b, h, i, j] and bias[b, h, i, j] != -np.inf:
                         s = 0.0
                         for x in range(d):
                             s += q[b, h, i, x] * k[b, g, j, x]

@@ -14,9 +14,9 @@ def spread(count: int, alpha: float) -> float:
     return math.sqrt(2 * math.log(2 * max(count, 2) / alpha))
 
 
-def gamma(k: float, u: float) -> float:
+def gamma(k: Any, u: float) -> Any:
     """Relative error of the worst sum of k rounded terms."""
-    return k * u / (1 - k * u) if k * u < 1 else math.inf
+    return np.where(k * u < 1, k * u / np.maximum(1 - k * u, u), np.inf)
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Bound:
     likely: Any
 
     @staticmethod
-    def roundings(k: float, u: float, lam: float) -> Bound:
+    def roundings(k: Any, u: float, lam: float) -> Bound:
         """k roundings of unit u, relative to what is rounded."""
-        return Bound(gamma(k, u), lam * math.sqrt(k) * u)
+        return Bound(gamma(k, u), lam * np.sqrt(k) * u)
 
     def __add__(self, other: Bound) -> Bound:
         """Of the sum of two quantities with independent errors."""

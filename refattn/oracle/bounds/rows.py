@@ -1,6 +1,7 @@
-"""The sums over visible keys that the bounds of scored attention need, in one pass per row.
+"""The sums over visible keys that the bounds of scored attention need, row by row.
 
-Hidden keys are never read, so that poison there does not reach a tolerance.
+Hidden keys are never read, so that poison there does not reach a tolerance.  Keys of equal weight are most often one key repeated, whose
+roundings are the same each time and add up: a sum of squares has their sum's square besides.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numba import njit
 class RowSums(NamedTuple):
     """Per query and channel, arrays of shape (B, Hq, T, E).  d is v - out where errors are shared by numerator and denominator, v elsewhere.
 
-    worst: sum of p worst |d|; likely: sum of (p likely d)^2; common: sum of p common |d|; magnitude: sum of p |v|; square: sum of (p v)^2;
+    worst: sum of worst |d|; likely: sum of (likely d)^2; common: sum of common |d|; magnitude: sum of p |v|; square: sum of (p v)^2;
     plain: sum of |v|; low, high: smallest and largest visible v; out: sum of p v.
     """
 
@@ -32,7 +33,7 @@ class RowSums(NamedTuple):
 def row_sums(
     weights: np.ndarray, visible: np.ndarray, worst: np.ndarray, likely: np.ndarray, common: np.ndarray, v: np.ndarray, centred: bool
 ) -> RowSums:
-    """Weights and errors of shape (B, Hq, T, S), values (B, Hkv, S, E)."""
+    """Weights and their absolute errors of shape (B, Hq, T, S), values (B, Hkv, S, E)."""
     return RowSums(*_row_sums(weights, visible, worst, likely, common, np.ascontiguousarray(v), centred))
 
 
@@ -61,10 +62,27 @@ def _row_sums(weights, visible, worst, likely, common, v, centred):  # type: ign
                             high[b, h, i, y] = max(high[b, h, i, y], value)
                 for j in range(n_k):
                     if visible[b, h, i, j]:
-                        p = weights[b, h, i, j]
                         for y in range(d_v):
                             d = abs(v[b, g, j, y] - (out[b, h, i, y] if centred else 0.0))
-                            s_worst[b, h, i, y] += p * worst[b, h, i, j] * d
-                            s_likely[b, h, i, y] += (p * likely[b, h, i, j] * d) ** 2
-                            s_common[b, h, i, y] += p * common[b, h, i, j] * d
+                            s_worst[b, h, i, y] += worst[b, h, i, j] * d
+                            s_likely[b, h, i, y] += (likely[b, h, i, j] * d) ** 2
+                            s_common[b, h, i, y] += common[b, h, i, j] * d
+                order = np.argsort(weights[b, h, i])
+                start = 0
+                while start < n_k:
+                    end = start + 1
+                    while end < n_k and weights[b, h, i, order[end]] == weights[b, h, i, order[start]]:
+                        end += 1
+                    if end > start + 1 and weights[b, h, i, order[start]] > 0.0:
+                        for y in range(d_v):
+                            together, alike = 0.0, 0.0
+                            for n in range(start, end):
+                                j = order[n]
+                                if visible[b, h, i, j]:
+                                    value = v[b, g, j, y]
+                                    together += likely[b, h, i, j] * (value - (out[b, h, i, y] if centred else 0.0))
+                                    alike += weights[b, h, i, j] * value
+                            s_likely[b, h, i, y] += together**2
+                            square[b, h, i, y] += alike**2
+                    start = end
     return s_worst, s_likely, s_common, magnitude, square, plain, low, high, out

@@ -1,11 +1,12 @@
-"""Rounding errors of scored attention, from its plan: softmax over keys or queries, or sigmoid, of similarities.
+"""Rounding errors of scored attention, from its plan: weights of similarities, by softmax over keys or queries or by another normaliser.
 
 If the weights of a row are off by factors (1 + e_j), in numerator and denominator alike, then exactly
 
     o^ - o = sum_j p_j e_j (v_j - o) / (1 + sum_j p_j e_j)
 
 so errors of scores and exponentials count with the spread |v_j - o| of the values.  What comes after the weights were summed (their
-rounding, the sum with the values, the division) counts with |v_j|.
+rounding, the sum with the values, the division) counts with |v_j|.  Nothing cancels where weights are not divided by their sum: sigmoids, and
+what is beyond a threshold (beyond.py), count with |v_j| throughout.
 """
 
 from __future__ import annotations
@@ -16,22 +17,27 @@ from typing import Any
 
 import numpy as np
 
+from ... import definition, entrywise
 from ...problem import Problem
 from ...spec import Plan
 from ..profiles import Profile
+from .beyond import beyond_threshold, beyond_zero
 from .bound import Bound
 from .rows import RowSums, row_sums
+
+#: Roundings that a caller's score_mod may take: an exp or tanh within four units in the last place, and eight operations.
+OWN_ROUNDINGS = 16
 
 
 class Scored:
     """Bounds for one problem; `bounds()` is the result, the methods are the stages an error goes through."""
 
     def __init__(self, problem: Problem, truth: Mapping[str, np.ndarray], plan: Plan, profile: Profile, lam: float) -> None:
-        self.plan, self.profile, self.lam = plan, profile, lam
+        self.problem, self.plan, self.profile, self.lam = problem, plan, profile, lam
         self.u = profile.accumulate
         self.operands = problem.operands
         self.heads = problem.dims.get("Hq", 1)
-        self.truth = {name: _with_heads(x) if x.ndim == 3 and name != "lse" else x for name, x in truth.items()}
+        self.truth = {name: _with_heads(x) if x.ndim == 3 and name not in ("lse", "threshold") else x for name, x in truth.items()}
         rows = (self._rows(name, n) for n, name in enumerate((plan.query, plan.key, plan.value)))
         (self.q, self.q_error), (self.k, self.k_error), (self.v, self.v_error) = rows
         self.weights = self.truth["weights"]
@@ -42,11 +48,14 @@ class Scored:
 
     def bounds(self) -> dict[str, np.ndarray]:
         score = self._score()
+        if self.plan.normalizer in ("sparsemax", "entmax15", "relu"):
+            return self._beyond(score)
         weight, common, sink = self._weight(score)
         normalised = weight if self.plan.normalizer == "sigmoid" else self._normalised(weight)
         centred = self.plan.normalizer == "softmax"
         used = weight if centred else normalised
-        sums = row_sums(self.weights, self.visible, used.worst, used.likely, common, self.v, centred)
+        worst, likely, common_part = (self.weights * error for error in (used.worst, used.likely, common))
+        sums = row_sums(self.weights, self.visible, worst, likely, common_part, self.v, centred)
         found = {
             "out": self._finished(self._out(sums, used, sink, centred), sums),
             "weights": self.weights * (normalised.smaller + self.profile.probabilities) + np.finfo(np.float32).tiny,
@@ -54,6 +63,37 @@ class Scored:
         }
         if "lse" in self.truth:
             found["lse"] = self._lse(weight, common, sink)
+        return found
+
+    def _beyond(self, score: Bound) -> dict[str, np.ndarray]:
+        """Of weights with absolute errors."""
+        profile, lam = self.profile, self.lam
+        if self.plan.normalizer == "relu":
+            weight = beyond_zero(self.plan, self.scores, self.scored, score, profile, lam)
+        else:
+            weight = beyond_threshold(self.plan, self.scores, self.scored, score, self.truth["threshold"], profile, lam)
+        sums = row_sums(
+            self.weights, self.visible, weight.own.worst + weight.shared.worst, weight.own.likely, weight.shared.likely, self.v, centred=False
+        )
+        steps = math.ceil(self.weights.shape[3] / profile.tile) if profile.tile else 0
+        total = self._roundings((weight.terms + steps + 2)[..., None])
+        stored = (1 + profile.probabilities) * (1 + total.worst) - 1
+        out, rms = np.abs(sums.out), np.sqrt(sums.square)
+        worst = (1 + stored) * sums.worst + stored * sums.magnitude
+        likely = np.hypot((1 + stored) * np.sqrt(sums.likely), np.hypot(lam * profile.probabilities * rms, total.likely * np.maximum(out, rms)))
+        vanished = (0.5 * profile.smallest_probability + np.finfo(np.float32).tiny) * sums.plain
+        error = Bound(worst, likely + sums.common + 2 * self.u * out).linear(vanished)
+        error = error.where_roundings_repeat(self._equal_weights()[..., None])
+        among = self._among(sums, (1 + stored) * (1 + weight.excess[..., None]) - 1)
+        error = Bound(np.fmin(error.worst, among), np.fmin(error.likely, among))
+        each = weight.own + weight.shared
+        found = {
+            "out": self._finished(error, sums),
+            "weights": each.smaller + profile.probabilities * (self.weights + each.smaller) + np.finfo(np.float32).tiny,
+            "scores": score.smaller,
+        }
+        if "threshold" in self.truth:
+            found["threshold"] = weight.threshold.smaller
         return found
 
     # ---- rows of queries, keys and values ------------------------------------------------------------------------------------
@@ -85,7 +125,7 @@ class Scored:
     def _per_query_head(self, x: np.ndarray) -> np.ndarray:
         return x if x.shape[1] == self.heads else np.repeat(x, self.heads // x.shape[1], axis=1)
 
-    def _roundings(self, k: float) -> Bound:
+    def _roundings(self, k: Any) -> Bound:
         return Bound.roundings(k, self.u, self.lam)
 
     # ---- scores ----------------------------------------------------------------------------------------------------------------
@@ -102,12 +142,34 @@ class Scored:
             error += self._carried(k)
         final = np.where(self.scored, self.scores, 0.0)
         bias = np.where(self.scored, self.operands[plan.bias], 0.0) if plan.bias else 0.0
-        before = np.abs(final - bias)
-        each = 2 * u * before + u * np.abs(final) + profile.scores * np.abs(final)
+        functions = self.problem.functions
+        modified = functions is not None and functions.score_mod is not None
+        raw = np.where(self.scored, definition.raw_scores(self.problem)[0], 0.0) if modified else final - bias
+        before = np.abs(raw)
+        each = 2 * u * before
         if plan.score_mods:  # a bounded modifier: its slope is at most one, its own evaluation adds a relative error
             each += (profile.tanh_error + 2 * u) * before
         error += Bound(each, self.lam * each)
+        if modified:
+            error = self._modified(error, raw)
+        each = (u + profile.scores) * np.abs(final) + (u * np.abs(final - bias) if modified else 0.0)
+        error += Bound(each, self.lam * each)
         return error.where(self.scored & (self.scores != plan.fill))
+
+    def _modified(self, error: Bound, raw: np.ndarray) -> Bound:
+        """Error after the caller's score_mod: what it makes of the score's, and of being evaluated in the kernel's format."""
+        functions, unit = self.problem.functions, max(self.u, self.profile.scores)
+        assert functions is not None and functions.score_mod is not None
+        score_mod, aux, first = functions.score_mod, functions.score_aux, functions.first
+        error = error.linear(self.profile.scores * np.abs(raw))
+        at = entrywise.scores(score_mod, aux, raw, self.scored, first)
+
+        def moved(by: np.ndarray) -> np.ndarray:
+            ends = (entrywise.scores(score_mod, aux, raw + sign * by, self.scored, first) for sign in (-1.0, 1.0))
+            return np.maximum(*(np.abs(end - at) for end in ends))
+
+        largest = np.maximum(np.maximum(np.abs(raw), np.abs(at)), np.abs(at - raw))
+        return Bound(moved(error.worst), moved(error.likely)) + Bound.roundings(OWN_ROUNDINGS, unit, self.lam) * largest
 
     def _carried(self, k: np.ndarray) -> Bound:
         """Error of q . k from errors of q and k."""
@@ -178,18 +240,26 @@ class Scored:
             carried = Bound(*(self._per_query_head(x) for x in (self.v_error.worst, self.v_error.likely)))
             error += Bound((self.weights @ carried.worst) * (1 + total.worst), np.sqrt(self.weights**2 @ carried.likely**2))
         elif centred and not self.plan.sinks:  # a mean of visible values stays among them, whatever the weights
-            seen = sums.low <= sums.high
-            low, high = np.where(seen, sums.low, 0.0), np.where(seen, sums.high, 0.0)
-            summed = (1 + stored) / max(1 - total.worst, 2.0**-53) - 1
-            among = np.maximum(high - sums.out, sums.out - low) + summed * np.maximum(np.abs(low), np.abs(high))
+            among = self._among(sums, (1 + stored) / max(1 - total.worst, 2.0**-53) - 1)
             error = Bound(np.fmin(error.worst, among), np.fmin(error.likely, among))
         return error.where_roundings_repeat(self._repeats(sums))
 
+    def _among(self, sums: RowSums, summed: Any) -> np.ndarray:
+        """How far from the output any mean of visible values is that is off by `summed` as a part of them."""
+        seen = sums.low <= sums.high
+        low, high = np.where(seen, sums.low, 0.0), np.where(seen, sums.high, 0.0)
+        return np.maximum(high - sums.out, sums.out - low) + summed * np.maximum(np.abs(low), np.abs(high))
+
     def _repeats(self, sums: RowSums) -> np.ndarray:
         """Where every term of a sum is the same number, whose additions are all rounded the same way for long stretches."""
-        least = np.min(np.where(self.visible, self.weights, np.inf), axis=-1, initial=np.inf)
-        most = np.max(np.where(self.visible, self.weights, -np.inf), axis=-1, initial=-np.inf)
-        return (sums.low == sums.high) & (least == most)[..., None]
+        return (sums.low == sums.high) & self._equal_weights()[..., None]
+
+    def _equal_weights(self) -> np.ndarray:
+        """Which rows weigh all keys alike that they weigh at all."""
+        positive = self.weights > 0
+        least = np.min(self.weights, axis=-1, where=positive, initial=np.inf)
+        most = np.max(self.weights, axis=-1, where=positive, initial=-np.inf)
+        return np.asarray(least == most)
 
     def _finished(self, error: Bound, sums: RowSums) -> np.ndarray:
         """Error after the output projection or the residual, where there is one."""
