@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .api import assert_matches as assert_matches
     from .api import attend as attend
     from .api import attention as attention
+    from .api import block_mask as block_mask
     from .api import check as check
     from .api import cite as cite
     from .api import compare as compare
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
     from .api import set_num_threads as set_num_threads
     from .api import tolerance as tolerance
     from .api import variants as variants
+    from .functions import BlockMask as BlockMask
+    from .sequences import Packed as Packed
+    from .sequences import Paged as Paged
 
 _HOME = {
     "api": (
         "assert_matches",
         "attend",
         "attention",
+        "block_mask",
         "check",
         "cite",
         "compare",
@@ -39,6 +44,8 @@ _HOME = {
         "tolerance",
         "variants",
     ),
+    "functions": ("BlockMask",),
+    "sequences": ("Packed", "Paged"),
     "errors": (
         "RefattnError",
         "ShapeError",

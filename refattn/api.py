@@ -10,10 +10,13 @@ from . import backends, catalog, costs, definition, precision, problem
 from .costs import Cost
 from .describe import Description, bibtex, described
 from .errors import OperandError, ParameterError
+from .functions import KEYWORDS as FUNCTION_KEYWORDS
+from .functions import BlockMask, bind_mask
 from .spec import Integer
 
 if TYPE_CHECKING:
     from .oracle.report import Report
+    from .sequences import Sequences
 
 
 def attend(
@@ -21,7 +24,7 @@ def attend(
     /,
     *operands: Any,
     returns: str | Sequence[str] | None = None,
-    layout: str = "BHTD",
+    layout: str | Sequences = "BHTD",
     backend: str = "auto",
     out: Any = None,
     **keywords: Any,
@@ -36,14 +39,14 @@ def attend(
         In the variant's order (`describe`); optional ones may also be given by name.
     returns : str or sequence of str, optional
         Outputs wanted, such as ``("out", "lse")``.
-    layout : {"BHTD", "BTHD"}
-        Order of head and sequence axes, in operands and outputs alike.
+    layout : {"BHTD", "BTHD"} or Packed or Paged
+        Order of head and sequence axes, in operands and outputs alike; or where sequences of different lengths lie.
     backend : {"auto", "definition", "cpu", "cuda"}
         Only ``"auto"`` chooses; a backend named and not there is an error.
     out : ndarray or tuple of ndarray, optional
         Where to write the outputs.
     **keywords
-        The variant's parameters, and operands by name.
+        The variant's parameters, operands by name, and functions of your own (see Notes).
 
     Returns
     -------
@@ -53,6 +56,24 @@ def attend(
     Raises
     ------
     UnknownVariantError, ShapeError, DtypeError, OperandError, ParameterError, BackendUnavailableError
+
+    Notes
+    -----
+    Variants whose scores are scaled dot products (softmax, sigmoid, ...) take Python functions of one score, or ones compiled by Numba:
+
+    ``score_mod(score, b, h, i, j, *aux)``
+        The number that takes the place of a score, after scale and soft-cap, before bias, masks and normaliser.  -inf hides a key.
+    ``mask_mod(b, h, i, j, *aux)``
+        Whether query i of head h may attend key j; beside all other masks.
+    ``block_mask``
+        A `BlockMask` made of a mask_mod, which it stands for.
+    ``slope(score, b, h, i, j, *aux)``
+        The derivative of score_mod with respect to the score, for `gradients`.
+    ``aux``
+        Arrays that functions read: one, or several that a function takes all or none of, or a mapping from parameter names.  They
+        get no gradient.
+
+    b counts batches (or sequences), h query heads, i queries and j keys, all from 0, and the last two within their sequence.
     """
     call = problem.bind(catalog.variant(name), operands, keywords, returns, layout)
     targets = None if out is None else problem.check_out(call, out)
@@ -68,7 +89,8 @@ def attention(q: Any, k: Any, v: Any, **keywords: Any) -> Any:
     k : array_like, shape (B, Hkv, S, D)
     v : array_like, shape (B, Hkv, S, E)
     **keywords
-        ``causal``, ``window``, ``mask``, ``bias``, ``scale``, ``softcap``, ``sinks``, ``empty_rows``, and what `attend` takes.
+        ``causal``, ``window``, ``mask``, ``bias``, ``scale``, ``softcap``, ``sinks``, ``empty_rows``, ``score_mod``, ``mask_mod``, and what
+        `attend` takes.
 
     Returns
     -------
@@ -80,8 +102,45 @@ def attention(q: Any, k: Any, v: Any, **keywords: Any) -> Any:
     >>> q = np.zeros((1, 1, 1, 4)); k = np.ones((1, 1, 2, 4)); v = np.array([3.0, 5.0]).reshape(1, 1, 2, 1)
     >>> float(ra.attention(q, k, v)[0, 0, 0, 0])
     4.0
+    >>> float(ra.attention(q, k, v, mask_mod=lambda b, h, i, j: j > 0)[0, 0, 0, 0])
+    5.0
     """
     return attend("softmax", q, k, v, **keywords)
+
+
+def block_mask(mask_mod: Any, *, T: int, S: int, B: int = 1, Hq: int = 1, aux: Any = None, block: Sequence[int] = (128, 128)) -> BlockMask:
+    """Find out which tiles of queries and keys a mask_mod hides or shows whole: made once, it saves time in every call it is given to.
+
+    Parameters
+    ----------
+    mask_mod : callable
+        As `attend` takes it.
+    T, S : int
+        Queries and keys.
+    B, Hq : int
+        Batches and query heads; 1 where the mask is the same for all of them.
+    aux : array_like, sequence or mapping of array_like, optional
+        What mask_mod takes beside positions, as `attend` takes it; copied.
+    block : (int, int)
+        Queries and keys of a tile.
+
+    Returns
+    -------
+    BlockMask
+
+    Raises
+    ------
+    ParameterError, DtypeError, OperandError
+
+    Examples
+    --------
+    >>> import refattn as ra
+    >>> ra.block_mask(lambda b, h, i, j: j <= i, T=512, S=512)
+    BlockMask(<lambda>, B=1, Hq=1, T=512, S=512, block=(128, 128), 37.5% of 16 tiles skipped)
+    """
+    arrays, tile = bind_mask(mask_mod, aux, {"B": B, "Hq": Hq, "T": T, "S": S}, block)
+    shape = (int(B), int(Hq), int(T), int(S))
+    return BlockMask(mask_mod, tile, backends.tile_classes(mask_mod, arrays, shape, tile), shape[2], shape[3], arrays)
 
 
 def gradients(
@@ -89,7 +148,7 @@ def gradients(
     /,
     *operands: Any,
     d_out: Any = None,
-    layout: str = "BHTD",
+    layout: str | Sequences = "BHTD",
     backend: str = "auto",
     **keywords: Any,
 ) -> Any:
@@ -104,12 +163,13 @@ def gradients(
     d_out : array_like, optional
         Cotangent of the output ``out``, of its shape.  Cotangents of other outputs are keywords (``d_lse``, ``d_state``, ...); at least one
         is needed.
-    layout : {"BHTD", "BTHD"}
-        Order of head and sequence axes, in operands, cotangents and gradients alike.
+    layout : {"BHTD", "BTHD"} or Packed
+        Order of head and sequence axes, in operands, cotangents and gradients alike; or where sequences lie.
     backend : {"auto", "definition", "cpu", "cuda"}
         As in `attend`.
     **keywords
-        The variant's parameters, operands by name, and cotangents.
+        The variant's parameters, operands by name, cotangents, and functions as in `attend`; a score_mod needs its ``slope``, unless the
+        definition is differentiated.
 
     Returns
     -------
@@ -174,7 +234,7 @@ def set_num_threads(n: int) -> None:
     """
     import numba
 
-    from .engine.run import available_threads
+    from .engine.threads import available_threads
 
     before = numba.get_num_threads()
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
@@ -281,7 +341,7 @@ def cost(name: str, *, dtype: Any = "float32", **sizes_and_params: Any) -> Cost:
 
 
 def tolerance(
-    name: str, /, *operands: Any, profile: Any = None, returns: str | Sequence[str] | None = None, layout: str = "BHTD", **keywords: Any
+    name: str, /, *operands: Any, profile: Any = None, returns: str | Sequence[str] | None = None, layout: str | Sequences = "BHTD", **keywords: Any
 ) -> Any:
     """How far a correct implementation may be from the exact result, element by element.
 
@@ -294,9 +354,9 @@ def tolerance(
         How the implementation computes: ``"math"``, ``"flash"`` (unless said), ``"eager"``, with or without the dtype (``"flash-bf16"``).
     returns : str or sequence of str, optional
         Outputs wanted; all there are unless said.
-    layout : {"BHTD", "BTHD"}
+    layout : {"BHTD", "BTHD"} or Packed or Paged
     **keywords
-        Parameters, and operands by name.
+        Parameters, operands by name, and functions as in `attend`.
 
     Returns
     -------
@@ -311,16 +371,21 @@ def tolerance(
     -----
     The smaller of a worst-case and a statistical bound (`refattn.oracle.bounds`), the latter with a chance of 0.001 that any element of a
     correct result exceeds it.
+
+    A score_mod is taken to be continuous and monotonous as far as a score may be off, and to be computed with an error of at most 16
+    roundings of the largest of the score, its result and the change.
     """
     from .oracle import profiles
     from .oracle.tolerance import tolerances
 
     variant = catalog.variant(name)
-    call = problem.bind(variant, operands, keywords, [o.name for o in variant.outputs] if returns is None else returns, layout)
+    if returns is None:  # weights and scores of sequences have no shape
+        returns = [o.name for o in variant.outputs if isinstance(layout, str) or "S" not in o.axes.split()]
+    call = problem.bind(variant, operands, keywords, returns, layout)
     how = profiles.resolve(profile, call.dtype)
     found = tolerances(call, definition.run(call), how)
     axes = {o.name: o.axes for o in variant.outputs}
-    arrays = {n: problem.swap_layout(axes[n], x) if layout == "BTHD" else x for n, x in found.items()}
+    arrays = {n: problem.to_layout(axes[n], x, call.layout) for n, x in found.items()}
     return namedtuple("Tolerance", arrays)(**arrays)
 
 
@@ -390,6 +455,9 @@ def check(
     """
     from .oracle import check as judging
 
+    functions = FUNCTION_KEYWORDS.intersection(params)
+    if functions:
+        raise ParameterError(f"{name or 'softmax'}: check asks calls of its own sizes and takes no {min(functions)}; judge arrays with compare")
     variant = None if name is None else catalog.variant(name)
     return judging.check(
         candidate, variant, dtype, params,
@@ -403,7 +471,7 @@ def compare(
     /,
     *operands: Any,
     returns: str | Sequence[str] | None = None,
-    layout: str = "BHTD",
+    layout: str | Sequences = "BHTD",
     profile: Any = None,
     **keywords: Any,
 ) -> Report:
@@ -418,12 +486,12 @@ def compare(
         What it was given.
     returns : str or sequence of str, optional
         ``"out"`` unless said.
-    layout : {"BHTD", "BTHD"}
+    layout : {"BHTD", "BTHD"} or Packed or Paged
         Of operands and of `out`.
     profile : str or Profile, optional
         How it computes, which sets the tolerance (see `tolerance`).
     **keywords
-        Parameters, and operands by name.
+        Parameters, operands by name, and functions as in `attend`.
 
     Returns
     -------

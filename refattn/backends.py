@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import catalog, definition
+from . import catalog, definition, entrywise
 from .costs import flops
+from .engine import run as engine
 from .errors import BackendUnavailableError, ParameterError
+from .functions import Aux
 from .problem import Problem
+from .sequences import Paged
 from .spec import Variant
 
 if TYPE_CHECKING:
@@ -28,21 +32,17 @@ def run(problem: Problem, backend: str) -> dict[str, np.ndarray]:
     """
 
     def reason() -> str:
-        if backend == "auto" and flops(problem) <= definition.PLAIN_PYTHON_FLOPS:
+        if backend == "auto" and _is_tiny(problem):
             return "plain Python is done before a kernel is loaded"
-        from .engine.run import reason_against
-
-        return reason_against(problem)
+        return engine.reason_against(problem)
 
     if _chosen(problem, backend, reason) == "definition":
         return definition.run(problem)
-    from .engine.run import run as on_cpu
-
-    return on_cpu(problem)
+    return engine.run(problem)
 
 
 def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: str) -> Gradients:
-    """Gradients for cotangents (float64, BHTD) of some outputs, by the backend of that name.
+    """Gradients for cotangents (BHTD) of some outputs, by the backend of that name.
 
     Raises
     ------
@@ -50,24 +50,29 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: s
     """
     from . import derivatives  # SciPy, wanted here only
 
-    def reason() -> str:
-        from .engine.run import reason_against_gradients
+    _check_gradients(problem, backend)
 
-        return reason_against_gradients(problem, cotangents)
+    def reason() -> str:
+        return engine.reason_against_gradients(problem, cotangents)
 
     if _chosen(problem, backend, reason) == "definition":
         return derivatives.gradients(problem, cotangents)
-    from .engine.run import gradients as on_cpu
+    return derivatives.Gradients(engine.gradients(problem, cotangents), {})
 
-    return derivatives.Gradients(on_cpu(problem, cotangents), {})
+
+def tile_classes(mask_mod: Callable[..., Any], aux: Aux, shape: tuple[int, int, int, int], block: tuple[int, int]) -> np.ndarray:
+    """Classes of the tiles of a `BlockMask` of shape (B, Hq, T, S), by the engine unless there is no compiler or little to ask."""
+    if math.prod(shape) <= entrywise.PLAIN_ENTRIES or _without_compiler():
+        return entrywise.tile_classes(mask_mod, aux, shape, block)
+    from .engine.blocks import classes
+
+    return classes(mask_mod, aux, *shape, block)
 
 
 def of(variant: Variant) -> tuple[str, ...]:
     """The backends that can run a variant, for some of its parameters at least."""
-    from .engine.run import reason_against_plan
-
     plan = None if variant.plan is None else variant.plan(dict.fromkeys(variant.axes, 1), {p.name: p.default for p in variant.params})
-    return ("definition",) if plan is None or reason_against_plan(plan) else ("definition", "cpu")
+    return ("definition",) if plan is None or engine.reason_against_plan(plan) else ("definition", "cpu")
 
 
 def _chosen(problem: Problem, backend: str, reason: Callable[[], str]) -> str:
@@ -80,6 +85,20 @@ def _chosen(problem: Problem, backend: str, reason: Callable[[], str]) -> str:
     if backend == "cpu" and against:
         raise BackendUnavailableError(f"{problem.variant.name}: backend 'cpu' does not run this call: {against}; use 'definition' or 'auto'")
     return "definition" if against else "cpu"
+
+
+def _is_tiny(problem: Problem) -> bool:
+    """Whether a definition runs it as plain Python; so many elements need no count of operations."""
+    elements = sum(x.size for x in problem.given.values())
+    return elements <= definition.PLAIN_PYTHON_FLOPS and flops(problem) <= definition.PLAIN_PYTHON_FLOPS
+
+
+def _check_gradients(problem: Problem, backend: str) -> None:
+    functions, name = problem.functions, problem.variant.name
+    if isinstance(problem.sequences, Paged):
+        raise ParameterError(f"{name}: no gradients of Paged keys and values, which are a cache; pass them as Packed, or one sequence at a time")
+    if functions is not None and functions.score_mod is not None and functions.slope is None and backend in ("auto", "cpu"):
+        raise ParameterError(f"{name}: score_mod has no slope; pass slope=..., or backend='definition' to differentiate numerically")
 
 
 def _without_compiler() -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -79,4 +81,9 @@ def _count(axes: str, dims: Dims) -> int:
 
 def _evaluate(formula: str, names: Mapping[str, Any]) -> int:
     """A formula of a variant file: integer arithmetic in the given names and nothing else."""
-    return int(eval(formula, {"__builtins__": {}}, dict(names)))  # noqa: S307 - the formula is source code of a variant file
+    return int(eval(_code(formula), {"__builtins__": {}}, dict(names)))  # noqa: S307 - the formula is source code of a variant file
+
+
+@functools.cache
+def _code(formula: str) -> CodeType:
+    return compile(formula, "<formula>", "eval")

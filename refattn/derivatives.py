@@ -35,7 +35,8 @@ from . import definition, precision
 from .costs import flops
 from .errors import DtypeError, ShapeError
 from .foreign import as_numpy
-from .problem import Problem, spelled, swap_layout
+from .problem import Problem, from_layout, spelled, split, to_layout
+from .sequences import Packed, rows
 from .spec import Operand, shape, size
 
 #: Evaluations an element usually takes: itself, the first stencil of eight, and four halvings of two.
@@ -73,13 +74,16 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray]) -> Gradien
     ----------
     problem : Problem
     cotangents : mapping of str to ndarray
-        By output name, float64, BHTD, of the outputs' shapes.
+        By output name, BHTD, of the outputs' shapes.
 
     Returns
     -------
     Gradients
     """
     names = [o.name for o in problem.variant.operands if o.kind == "real" and o.name in problem.given]
+    cotangents = {name: np.ascontiguousarray(x, np.float64) for name, x in cotangents.items()}
+    if problem.sequences is not None:
+        return _each_sequence(problem, cotangents, names)
     values, errors = {}, {}
     with _progress(problem, sum(problem.given[name].size for name in names)) as done:
         for name in names:
@@ -87,8 +91,23 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray]) -> Gradien
     return Gradients(MappingProxyType(values), MappingProxyType(errors))
 
 
+def _each_sequence(problem: Problem, cotangents: Mapping[str, np.ndarray], names: list[str]) -> Gradients:
+    """Gradients of packed sequences: of q, k and v where each lies, of operands they share the sum."""
+    places = problem.sequences
+    assert isinstance(places, Packed)
+    values, errors = ({"d_" + name: np.zeros(problem.given[name].shape) for name in names} for _ in range(2))
+    for n, (one, queries) in enumerate(split(problem)):
+        found = gradients(one, {name: x[queries] for name, x in cotangents.items()})
+        keys = rows(places.cu_seqlens_k, n)
+        where = {"d_q": queries, "d_k": keys, "d_v": keys}
+        for total, part in ((values, found.values), (errors, found.errors)):
+            for name, x in part.items():
+                total[name][where.get(name, ...)] += x
+    return Gradients(MappingProxyType(values), MappingProxyType(errors))
+
+
 def check_cotangent(problem: Problem, output: str, value: Any) -> np.ndarray:
-    """The cotangent of an output as the caller gave it, checked: float64, BHTD.
+    """The cotangent of an output as the caller gave it, checked: BHTD.
 
     Raises
     ------
@@ -107,15 +126,14 @@ def check_cotangent(problem: Problem, output: str, value: Any) -> np.ndarray:
         found = " and ".join(differing) or f"{x.ndim} axes, shape {x.shape}"
         listing = ", ".join(f"{axis}={n}" for axis, n in zip(names, wanted, strict=True))
         raise ShapeError(f"{what} has {found}; must have the shape of {output}, [{' '.join(names)}] with {listing}")
-    x = swap_layout(axes, x) if problem.layout == "BTHD" else x
-    return np.ascontiguousarray(x, np.float64)
+    return from_layout(axes, x, problem.layout)
 
 
 def release(problem: Problem, found: Gradients) -> Any:
     """The gradients as a named tuple in the caller's layout, each in its operand's dtype; ``errors`` on it holds the estimates, float64."""
 
     def in_layout(name: str, x: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(swap_layout(problem.variant.operand(name[2:]).axes, x)) if problem.layout == "BTHD" else x
+        return x if problem.layout == "BHTD" else np.ascontiguousarray(to_layout(problem.variant.operand(name[2:]).axes, x, problem.layout))
 
     dtypes = {"d_" + name: x.dtype.newbyteorder("=") for name, x in problem.given.items()}
     rounded = {name: precision.round_to(in_layout(name, x), dtypes[name]) for name, x in found.values.items()}
@@ -198,14 +216,10 @@ def _differentiate(
 
 def _outputs(problem: Problem, cotangents: Mapping[str, np.ndarray]) -> Callable[[list[np.ndarray]], dict[str, np.ndarray]]:
     """The definition as a function of its arrays, returning the outputs that have a cotangent."""
-    define, arguments = definition.compiled(problem.variant), problem.arguments
-    names = [o.name for o in problem.variant.outputs]
+    outputs = definition.runner(problem, definition.compiled(problem.variant), repeated=True)
 
     def run(arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
-        with np.errstate(all="ignore"):
-            results = define(*arrays, *arguments)
-        results = (results,) if len(names) == 1 else results
-        return {name: y for name, y in zip(names, results, strict=True) if name in cotangents}
+        return {name: y for name, y in outputs(arrays).items() if name in cotangents}
 
     return run
 

@@ -45,3 +45,12 @@ class BackendUnavailableError(RefattnError, ImportError):
 
 class CandidateError(RefattnError, ValueError):
     """The implementation to be judged cannot be found, called or read."""
+
+
+def shown(value: object) -> str:
+    """A value as it stands in a message: its repr, or its type where that is long or cannot be had."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = ""
+    return text if 0 < len(text) <= 60 and "\n" not in text else f"<{type(value).__name__}>"

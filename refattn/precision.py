@@ -102,9 +102,9 @@ def round_to(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """
     if x.dtype == dtype:
         return x
-    if dtype.itemsize >= 4 or dtype == np.float16:
-        with np.errstate(over="ignore"):
-            return np.asarray(x, np.float64).astype(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # a signalling NaN becomes a quiet one
+        if dtype.itemsize >= 4 or dtype == np.float16 or x.dtype == np.float32:  # rounded once as it is
+            return x.astype(dtype)
     return _to_odd(np.asarray(x, np.float64)).astype(dtype)
 
 

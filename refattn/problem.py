@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from . import precision
-from .catalog import unknown
-from .errors import DtypeError, OperandError, ParameterError, ShapeError
+from . import precision, sequences
+from .catalog import catalogue, unknown
+from .errors import DtypeError, OperandError, ParameterError, ShapeError, shown
 from .foreign import as_numpy
-from .spec import MAY_BE_EMPTY, Dims, Integer, Operand, Variant, shape, size
+from .functions import KEYWORDS as FUNCTION_KEYWORDS
+from .functions import Functions, bind_functions
+from .sequences import Packed, Paged, Sequences
+from .spec import MAY_BE_EMPTY, Dims, Integer, Operand, Plan, Variant, shape, size
 
 LAYOUTS = ("BHTD", "BTHD")
 
@@ -28,15 +31,22 @@ class Problem:
     Attributes
     ----------
     dims : mapping
-        Size of every axis.
+        Size of every axis.  Of packed sequences B is 1, T and S count all rows; of paged ones S is the largest length.
     given : mapping
-        The caller's operands by name, as NumPy arrays in BHTD layout and their own dtype; absent ones are left out.
+        The caller's operands by name, as NumPy arrays in BHTD layout and their own dtype; absent ones are left out.  Packed sequences lie in
+        one batch; k and v in pages have the axes P Hkv page D (E).
     params : mapping
         Every parameter, defaults filled in.
     returns : tuple of str
         Outputs asked for.
     dtype : dtype
         What results are rounded to.
+    layout : {"BHTD", "BTHD", "THD"}
+        The caller's: "THD" of packed sequences.
+    functions : Functions or None
+        The caller's own functions of scores and positions.
+    sequences : Packed or Paged or None
+        Where sequences of different lengths lie; a dense call unless said.
     """
 
     variant: Variant
@@ -46,6 +56,13 @@ class Problem:
     returns: tuple[str, ...]
     dtype: np.dtype
     layout: str = "BHTD"
+    functions: Functions | None = None
+    sequences: Sequences | None = None
+
+    @functools.cached_property
+    def plan(self) -> Plan | None:
+        """The variant as data, where it is one; of sequences, as if they were one call."""
+        return None if self.variant.plan is None else self.variant.plan(self.dims, self.params)
 
     @functools.cached_property
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -68,7 +85,7 @@ def bind(
     arrays: Sequence[Any],
     keywords: Mapping[str, Any],
     returns: str | Sequence[str] | None = None,
-    layout: str = "BHTD",
+    layout: str | Sequences = "BHTD",
 ) -> Problem:
     """Check a call and bring it into canonical form.
 
@@ -78,28 +95,42 @@ def bind(
     arrays : sequence of array_like
         Operands in the variant's order; trailing optional ones may be left out or None.
     keywords : mapping
-        Parameters, and operands given by name.
+        Parameters, operands given by name, and the functions that `refattn.functions` reads.
     returns : str or sequence of str, optional
         Outputs wanted; the variant's usual ones otherwise.
-    layout : {"BHTD", "BTHD"}
-        Order of the head and sequence axes in operands and outputs that have both and a width.
+    layout : {"BHTD", "BTHD"} or Packed or Paged
+        Order of the head and sequence axes in operands and outputs that have both and a width; or where sequences lie.
 
     Raises
     ------
     ShapeError, DtypeError, OperandError, ParameterError
     """
     wanted = _outputs(variant, returns)
-    if not (isinstance(layout, str) and layout in LAYOUTS):
-        raise ParameterError(f"{variant.name}: layout={_shown(layout)}; must be one of {', '.join(LAYOUTS)}")
+    places = layout if isinstance(layout, Packed | Paged) else None
+    if places is not None:
+        layout = places.order
+    elif not (isinstance(layout, str) and layout in LAYOUTS):
+        raise ParameterError(f"{variant.name}: layout={shown(layout)}; must be one of {', '.join(LAYOUTS)}, or a Packed or Paged")
+    mods = {}
+    if not FUNCTION_KEYWORDS.isdisjoint(keywords):
+        mods = {name: x for name, x in keywords.items() if name in FUNCTION_KEYWORDS and name not in _names(variant)}
+        keywords = {name: x for name, x in keywords.items() if name not in mods}
     operands, options = _sort_arguments(variant, arrays, keywords)
-    given = {o.name: _operand(variant, o, operands[o.name], layout) for o in variant.operands if operands.get(o.name) is not None}
+    if places is not None:
+        _check_sequenced(variant, places, operands, wanted)
+    axes = _axes(variant, isinstance(places, Paged))
+    given = {o.name: _operand(variant, o, operands[o.name], axes[o.name], layout) for o in variant.operands if operands.get(o.name) is not None}
     try:
-        dims = _dims(variant, given)
+        dims = _dims(variant, given, axes)
     except ShapeError as mismatch:
-        raise ShapeError(f"{mismatch}{_other_layout(variant, given, layout)}") from None
+        raise ShapeError(f"{mismatch}{'' if places else _other_layout(variant, given, layout)}") from None
+    if places is not None:
+        most = sequences.check(variant.name, places, given)
+        dims = {axis: dims.get(axis, most) for axis in variant.axes}
     params = _params(variant, options)
     required = {o.name: given[o.name].dtype.newbyteorder("=") for o in variant.operands if o.kind == "real" and not o.optional}
-    return Problem(variant, dims, given, params, wanted, precision.common(required, variant.name), layout)
+    functions = bind_functions(variant, mods, None if places else dims) if mods else None
+    return Problem(variant, dims, given, params, wanted, precision.common(required, variant.name), layout, functions, places)
 
 
 def bind_sizes(variant: Variant, sizes: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
@@ -146,29 +177,97 @@ def output_dtype(problem: Problem, name: str) -> np.dtype:
     return np.dtype(np.float32) if output.wide and problem.dtype.itemsize < 4 else problem.dtype
 
 
-def swap_layout(axes: str, x: np.ndarray) -> np.ndarray:
-    """BHTD to BTHD and back: heads and sequence change places wherever an array has both and a width."""
+def from_layout(axes: str, x: np.ndarray, layout: str) -> np.ndarray:
+    """An array of the caller's layout in BHTD: heads and sequence change places wherever it has both and a width; packed ones get a batch."""
+    if layout == "BHTD":
+        return x
+    if layout == "THD":
+        x = x[None] if axes.startswith("B ") else x
     return np.swapaxes(x, 1, 2) if _has_layout(axes) else x
+
+
+def to_layout(axes: str, x: np.ndarray, layout: str) -> np.ndarray:
+    """An array of BHTD in the caller's layout."""
+    if layout == "BHTD":
+        return x
+    x = np.swapaxes(x, 1, 2) if _has_layout(axes) else x
+    return x[0] if layout == "THD" and axes.startswith("B ") else x
 
 
 def spelled(axes: str, layout: str) -> str:
     """The shape string as the caller of that layout writes it."""
     names = axes.split()
-    if layout == "BTHD" and _has_layout(axes):
+    if layout != "BHTD" and _has_layout(axes):
         names[1], names[2] = names[2], names[1]
+    if layout == "THD" and names[0] == "B":
+        names = names[1:]
     return " ".join(names)
+
+
+def sequence_dims(problem: Problem) -> list[dict[str, int]]:
+    """Sizes of each sequence as a dense problem of its own."""
+    places = problem.sequences
+    assert places is not None
+    if isinstance(places, Paged):
+        return [{**problem.dims, "B": 1, "S": n_k} for n_k in places.lengths.tolist()]
+    sizes = zip(np.diff(places.cu_seqlens_q).tolist(), np.diff(places.cu_seqlens_k).tolist(), strict=True)
+    return [{**problem.dims, "B": 1, "T": n_q, "S": n_k} for n_q, n_k in sizes]
+
+
+def split(problem: Problem) -> list[tuple[Problem, tuple[slice, ...]]]:
+    """Each sequence as a dense problem of its own, and where its rows lie in outputs of axes B H T (and a width)."""
+    places, given = problem.sequences, problem.given
+    assert places is not None
+    found: list[tuple[Problem, tuple[slice, ...]]] = []
+    for n, dims in enumerate(sequence_dims(problem)):
+        if isinstance(places, Paged):
+            where: tuple[slice, ...] = (slice(n, n + 1),)
+            own = {"q": given["q"][where], **{name: sequences.gathered(places, given[name], n) for name in ("k", "v")}}
+        else:
+            where, keys = sequences.rows(places.cu_seqlens_q, n), sequences.rows(places.cu_seqlens_k, n)
+            own = {"q": given["q"][where], "k": given["k"][keys], "v": given["v"][keys]}
+        functions = None if problem.functions is None else replace(problem.functions, first=n)
+        one = replace(problem, dims=dims, given={**given, **own}, layout="BHTD", functions=functions, sequences=None)
+        found.append((one, where))
+    return found
 
 
 def _has_layout(axes: str) -> bool:
     names = axes.split()
-    return len(names) == 4 and names[0] == "B" and names[1].startswith("H") and names[2] in "TS" and names[3] not in ("T", "S")
+    return len(names) == 4 and names[0] in "BP" and names[1].startswith("H") and names[2] in ("T", "S", "page") and names[3] not in ("T", "S")
+
+
+@functools.cache
+def _names(variant: Variant) -> frozenset[str]:
+    return frozenset([*(o.name for o in variant.operands), *(p.name for p in variant.params)])
+
+
+@functools.cache
+def _takes_sequences(variant: Variant) -> bool:
+    required = {o.name: o.axes for o in variant.operands if not o.optional}
+    return required == {"q": "B Hq T D", "k": "B Hkv S D", "v": "B Hkv S E"}
+
+
+def _check_sequenced(variant: Variant, places: Sequences, operands: Mapping[str, Any], wanted: tuple[str, ...]) -> None:
+    """Refuse what sequences of different lengths have no shape for."""
+    what = f"{type(places).__name__} sequences"
+    if not _takes_sequences(variant):
+        takers = ", ".join(name for name, v in catalogue().items() if _takes_sequences(v))
+        raise ParameterError(f"{variant.name} takes no {what}; variants that do are {takers}")
+    for o in variant.operands:
+        if o.optional and operands.get(o.name) is not None and not {"B", "T", "S"}.isdisjoint(o.axes.split()):
+            raise OperandError(f"{variant.name}: {o.name} has axes {o.axes}, which {what} do not share; say the same by a score_mod or a mask_mod")
+    known = [o.name for o in variant.outputs if "S" not in o.axes.split()]
+    for name in wanted:
+        if name not in known:
+            raise ParameterError(f"{variant.name}: {name} of {what} has no shape; returned can be {', '.join(known)}")
 
 
 def _outputs(variant: Variant, returns: str | Sequence[str] | None) -> tuple[str, ...]:
     known = [o.name for o in variant.outputs]
     wanted = variant.returns if returns is None else (returns,) if isinstance(returns, str) else returns
     if not (isinstance(wanted, tuple | list) and all(isinstance(name, str) for name in wanted)):
-        raise ParameterError(f"{variant.name}: returns={_shown(returns)}; must be a name or a tuple of names of {', '.join(known)}")
+        raise ParameterError(f"{variant.name}: returns={shown(returns)}; must be a name or a tuple of names of {', '.join(known)}")
     for name in wanted:
         if name not in known:
             raise ParameterError(f"{variant.name}: {unknown('output', name, known)}")
@@ -197,7 +296,7 @@ def _sort_arguments(variant: Variant, arrays: Sequence[Any], keywords: Mapping[s
     return operands, options
 
 
-def _operand(variant: Variant, operand: Operand, value: Any, layout: str) -> np.ndarray:
+def _operand(variant: Variant, operand: Operand, value: Any, axes: str, layout: str) -> np.ndarray:
     what = f"{variant.name}: {operand.name}"
     x = as_numpy(value, what)
     if operand.kind == "real" and not precision.is_real(x.dtype):
@@ -206,10 +305,10 @@ def _operand(variant: Variant, operand: Operand, value: Any, layout: str) -> np.
         raise DtypeError(f"{what} is {x.dtype}; must be boolean, True where a query may attend (numbers to add to the scores are a bias)")
     if operand.kind == "number" and not (precision.is_real(x.dtype) or x.dtype.kind in "biu"):
         raise DtypeError(f"{what} is {x.dtype}; must be boolean, integer or floating point")
-    wanted = operand.axes.split()
-    if x.ndim != len(wanted) and not (operand.broadcast and x.ndim < len(wanted)):
+    wanted = len(axes.split()) - (layout == "THD" and axes.startswith("B "))
+    if x.ndim != wanted and not (operand.broadcast and x.ndim < wanted):
         fewer = " or fewer" if operand.broadcast else ""
-        raise ShapeError(f"{what} has {x.ndim} axes, shape {x.shape}; must have {len(wanted)}{fewer}: [{spelled(operand.axes, layout)}]")
+        raise ShapeError(f"{what} has {x.ndim} axes, shape {x.shape}; must have {wanted}{fewer}: [{spelled(axes, layout)}]")
     if operand.within is not None and x.size:
         low, high = operand.within
         with np.errstate(invalid="ignore"):  # NaN stays NaN, and fails below
@@ -217,31 +316,39 @@ def _operand(variant: Variant, operand: Operand, value: Any, layout: str) -> np.
             least, most = float(values.min()), float(values.max())
         if not (least >= low and most <= high):
             raise OperandError(f"{what} has values from {least:g} to {most:g}; every value must be from {low:g} to {high:g}")
-    return swap_layout(operand.axes, x) if layout == "BTHD" else x
+    return from_layout(axes, x, layout)
 
 
-def _dims(variant: Variant, given: Mapping[str, np.ndarray]) -> dict[str, int]:
+@functools.cache
+def _axes(variant: Variant, paged: bool) -> Mapping[str, str]:
+    """Axes of each operand; keys in pages have a page and a row for a batch and a key."""
+    return {o.name: o.axes.replace("B Hkv S", "P Hkv page") if paged else o.axes for o in variant.operands}
+
+
+def _dims(variant: Variant, given: Mapping[str, np.ndarray], axes: Mapping[str, str]) -> dict[str, int]:
     """Bind every axis name to one size; complain where two operands disagree."""
     dims: dict[str, int] = {}
     source: dict[str, str] = {}
-    exact = [o for o in variant.operands if o.name in given and not o.broadcast]
-    for operand in exact:
-        for axis, n in zip(operand.axes.split(), given[operand.name].shape, strict=True):
+    computed: list[tuple[str, str, int]] = []
+    for operand in variant.operands:
+        if operand.name not in given or operand.broadcast:
+            continue
+        for axis, n in zip(axes[operand.name].split(), given[operand.name].shape, strict=True):
             if not axis.isidentifier():
+                computed.append((operand.name, axis, n))
                 continue
             if dims.setdefault(axis, n) != n:
                 raise ShapeError(f"{variant.name}: {operand.name} has {axis}={n}, but {source[axis]} has {axis}={dims[axis]}")
             source.setdefault(axis, operand.name)
             if n == 0 and axis not in MAY_BE_EMPTY:
                 raise ShapeError(f"{variant.name}: {operand.name} has {axis}=0; must be at least 1")
-    for operand in exact:
-        for axis, n in zip(operand.axes.split(), given[operand.name].shape, strict=True):
-            if not axis.isidentifier() and n != size(axis, dims):
-                raise ShapeError(f"{variant.name}: {operand.name} has {n} along {axis}; must be {_sum(axis, dims, source)}")
+    for name, axis, n in computed:
+        if n != size(axis, dims):
+            raise ShapeError(f"{variant.name}: {name} has {n} along {axis}; must be {_sum(axis, dims, source)}")
     if {"Hq", "Hkv"} <= dims.keys() and dims["Hq"] % dims["Hkv"]:
         raise ShapeError(f"{variant.name}: {source['Hkv']} has Hkv={dims['Hkv']}, which does not divide {source['Hq']}'s Hq={dims['Hq']}")
     for operand in variant.operands:
-        if operand.name in given and operand.broadcast:
+        if operand.broadcast and operand.name in given:
             full, actual = shape(operand.axes, dims), given[operand.name].shape
             for axis, n, m in zip(reversed(operand.axes.split()), reversed(full), reversed(actual), strict=False):
                 if m not in (1, n):
@@ -253,7 +360,11 @@ def _other_layout(variant: Variant, given: Mapping[str, np.ndarray], layout: str
     """A hint where shapes that do not fit would do so in the other layout, or the empty string."""
     other = next(name for name in LAYOUTS if name != layout)
     try:
-        _dims(variant, {o.name: swap_layout(o.axes, given[o.name]) for o in variant.operands if o.name in given})
+        _dims(
+            variant,
+            {o.name: from_layout(o.axes, given[o.name], "BTHD") for o in variant.operands if o.name in given},
+            {o.name: o.axes for o in variant.operands},
+        )
     except ShapeError:
         return ""
     return f"; these shapes fit layout={other!r}"
@@ -266,22 +377,18 @@ def _sum(axis: str, dims: Dims, source: Mapping[str, str]) -> str:
 
 
 def _params(variant: Variant, options: Mapping[str, Any]) -> dict[str, Any]:
-    params = {}
-    for p in variant.params:
+    params = dict(_defaults(variant))
+    for p in variant.params if options else ():
         value = options.get(p.name, p.default)
         if not p.kind.accepts(value):
-            raise ParameterError(f"{variant.name}: {p.name}={_shown(value)}; must be {p.kind.rule}")
+            raise ParameterError(f"{variant.name}: {p.name}={shown(value)}; must be {p.kind.rule}")
         params[p.name] = p.kind.read(value)
     return params
 
 
-def _shown(value: object) -> str:
-    """A value as it stands in a message: its repr, or its type where that is long or cannot be had."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = ""
-    return text if 0 < len(text) <= 60 and "\n" not in text else f"<{type(value).__name__}>"
+@functools.cache
+def _defaults(variant: Variant) -> Mapping[str, Any]:
+    return {p.name: p.kind.read(p.default) for p in variant.params}
 
 
 def _canonical(operand: Operand, x: np.ndarray | None, dims: Dims) -> np.ndarray:
@@ -297,7 +404,7 @@ def _canonical(operand: Operand, x: np.ndarray | None, dims: Dims) -> np.ndarray
 def _rounded(problem: Problem, name: str, result: np.ndarray) -> np.ndarray:
     axes = next(o.axes for o in problem.variant.outputs if o.name == name)
     rounded = precision.round_to(result, output_dtype(problem, name))
-    return np.ascontiguousarray(swap_layout(axes, rounded)) if problem.layout == "BTHD" else rounded
+    return rounded if problem.layout == "BHTD" else np.ascontiguousarray(to_layout(axes, rounded, problem.layout))
 
 
 def check_out(problem: Problem, out: Any) -> tuple[np.ndarray, ...]:

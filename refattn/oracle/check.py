@@ -12,7 +12,8 @@ from rich.progress import track
 
 from .. import catalog, precision
 from ..errors import CandidateError, OperandError, ParameterError
-from ..problem import bind, spelled, swap_layout
+from ..problem import bind, from_layout, spelled
+from ..sequences import Sequences
 from ..spec import Integer, Variant, shape
 from . import candidates, probes, profiles
 from .judge import Case, Malformed, checked, compare, judge
@@ -95,7 +96,7 @@ def compare_arrays(
     keywords: Mapping[str, Any],
     *,
     returns: str | Sequence[str] | None = None,
-    layout: str = "BHTD",
+    layout: str | Sequences = "BHTD",
     profile: str | profiles.Profile | None = None,
 ) -> Report:
     """See `refattn.compare`."""
@@ -114,11 +115,7 @@ def compare_arrays(
 def _in_bhtd(problem: Any, name: str, x: Any) -> np.ndarray:
     axes = next(o.axes for o in problem.variant.outputs if o.name == name)
     try:
-        return (
-            swap_layout(axes, checked(problem, name, x, spelled(axes, problem.layout)))
-            if problem.layout == "BTHD"
-            else checked(problem, name, x, axes)
-        )
+        return from_layout(axes, checked(problem, name, x, spelled(axes, problem.layout)), problem.layout)
     except Malformed as complaint:
         raise CandidateError(f"{problem.variant.name}: {complaint}") from complaint
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .. import precision
-from ..problem import Problem, output_dtype
+from .. import definition, precision
+from ..problem import Problem, output_dtype, split
 from .bounds import spread
 from .bounds.perturbed import perturbed
 from .bounds.products import products
@@ -44,10 +44,18 @@ def tolerances(
         float64, in the shape of each output (BHTD), positive everywhere.
     """
     lam = spread(sum(truth[name].size for name in problem.returns), alpha)
+    return _with_spread(problem, truth, profile, lam, {name: (dtypes or {}).get(name, output_dtype(problem, name)) for name in problem.returns})
+
+
+def _with_spread(
+    problem: Problem, truth: Mapping[str, np.ndarray], profile: Profile, lam: float, stored: Mapping[str, np.dtype]
+) -> dict[str, np.ndarray]:
+    if problem.sequences is not None:  # what is returned of them says too little of how it came about
+        parts = ((rows, _with_spread(one, definition.run(one), profile, lam, stored)) for one, rows in split(problem))
+        return definition.joined(problem, parts)
     with np.errstate(all="ignore"):  # a bound that overflows is infinite, and a hidden NaN is left out below
         bounds = _bounds(problem, truth, profile, lam)
     own = 2.0 if profile.accumulate <= np.finfo(np.float64).eps else 1.0  # against a float64 answer, ours is no more exact than theirs
-    stored = {name: (dtypes or {}).get(name, output_dtype(problem, name)) for name in problem.returns}
     return {name: _stored(own * bounds[name].reshape(truth[name].shape), truth[name], stored[name]) for name in problem.returns}
 
 
