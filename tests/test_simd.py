@@ -12,6 +12,7 @@ import threading
 from fractions import Fraction
 from pathlib import Path
 
+import ml_dtypes
 import mpmath
 import numpy as np
 import pytest
@@ -33,16 +34,25 @@ def width(dtype):
     return simd.register_bytes() // np.dtype(dtype).itemsize
 
 
+def unaligned(x):
+    """The same numbers from an odd address on."""
+    room = np.zeros(x.nbytes + 2, np.uint8)
+    start = 1 - room.ctypes.data % 2
+    copy = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
 # ---- memory --------------------------------------------------------------------------------------------------------------------
 
 
 @FORMATS
 def test_a_vector_fills_a_register(dtype):
     @njit
-    def about(a):
-        return simd.lanes(a), simd.is_double(a)
+    def count(a):
+        return simd.lanes(a)
 
-    assert about(np.empty(0, dtype)) == (width(dtype), dtype is np.float64)
+    assert count(np.empty(0, dtype)) == width(dtype)
 
 
 @FORMATS
@@ -88,27 +98,117 @@ def last_of_a_page():
     assert protect(forbidden, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE) == 0
 
 
-@FORMATS
-def test_parts_of_vectors_touch_nothing_past_their_end(dtype, last_of_a_page):
+def place_of(a, index):
+    return a.ctypes.data + sum(n * step for n, step in zip(index, a.strides, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.bool_, np.uint8, np.int32, np.int64])
+def test_addresses_are_those_of_elements_of_any_type_and_strides(dtype):
     @njit
-    def double(a, n, out):
-        v = simd.load_part(a, 0, n)
-        simd.store(out, 0, v)
-        simd.store_part(a, 0, n, simd.add(v, v))
+    def address(a, at):
+        return simd.address(a, at)
+
+    whole = np.zeros((4, 5, 6), dtype)
+    views = whole[::-2, 1::3], whole.transpose(2, 0, 1), whole[..., ::-2], np.broadcast_to(whole[:1, :, 2:3], (3, 5, 6)), whole[1:, 2, ::5]
+    for a in (whole, *views):
+        for index in itertools.product(*((0, n - 1) for n in a.shape)):
+            assert address(a, index) == place_of(a, index)
+    for line in (whole[1, 2], whole[1, ::-2, 3]):
+        for at in (0, np.int32(2), np.uint8(1)):
+            assert address(line, at) == place_of(line, (int(at),))
+
+
+@FORMATS
+def test_what_stands_at_an_address_may_be_unaligned(dtype):
+    @njit
+    def move(a, place, target):
+        simd.store(a, 0, simd.load_at(a, place))
+        simd.store(a, simd.lanes(a), simd.splat_at(a, place))
+        simd.put_at(target, simd.number_at(a, place))
 
     n = width(dtype)
-    numbers = np.arange(1, n + 4, dtype=dtype)
+    source = unaligned(np.arange(1, 2 * n + 1, dtype=dtype))
+    for at in range(n + 1):
+        out, target = np.empty(2 * n, dtype), unaligned(np.zeros(3, dtype))
+        move(out, place_of(source, (at,)), place_of(target, (1,)))
+        same(out.reshape(2, n), [source[at : at + n], np.full(n, source[at])])
+        same(target, [0, source[at], 0])
+
+
+@pytest.mark.parametrize("number", [np.float32(0.1), np.float64(0.1), np.uint8(255), np.int32(-(2**31)), np.int64(2**62 + 1)])
+def test_any_number_is_put_at_an_address_and_nothing_else_is_written(number):
+    @njit
+    def put(place, x):
+        simd.put_at(place, x)
+
+    target = unaligned(np.zeros(3, number.dtype))
+    put(place_of(target, (1,)), number)
+    same(target, [0, number, 0])
+
+
+def test_a_byte_is_a_number_without_a_sign():
+    @njit
+    def read(places, out):
+        for n in range(places.size):
+            out[n] = simd.byte_at(places[n])
+
+    stored, found = np.arange(256, dtype=np.uint8), np.empty(256, np.int64)
+    read(stored.ctypes.data + np.arange(256), found)
+    same(found, np.arange(256))
+
+
+#: Numbers of two bytes that vectors are read from.
+STORED = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@FORMATS
+@pytest.mark.parametrize("name", ["load", *STORED])
+def test_parts_of_vectors_are_read_to_their_end_and_no_further(name, dtype, last_of_a_page):
+    part = getattr(simd, f"{name}_part_at")
+
+    @njit
+    def read(place, n, out):
+        simd.store(out, 0, part(out, place, n))
+
+    n, stored = width(dtype), np.dtype(STORED.get(name, dtype))
+    numbers = np.arange(1, n + 4).astype(stored)
     for count in range(1, n + 1):  # the page ends where the part does
-        a, out = last_of_a_page(count, dtype), np.full(n, np.nan, dtype)
+        a, out = last_of_a_page(count, stored), np.full(n, np.nan, dtype)
         a[:] = numbers[:count]
-        double(a, count, out)
-        same(out, np.where(np.arange(n) < count, numbers[:n], 0))
-        same(a, 2 * numbers[:count])
-    for count in range(-1, n + 3):  # what follows the part stands
-        a, out, part = numbers.copy(), np.full(n, np.nan, dtype), np.arange(n + 3) < min(count, n)
-        double(a, count, out)
-        same(out, np.where(part, numbers, 0)[:n])
-        same(a, np.where(part, 2 * numbers, numbers))
+        read(a.ctypes.data, count, out)
+        same(out, np.where(np.arange(n) < count, numbers[:n].astype(dtype), 0))
+    for count in range(-1, n + 3):
+        a, out = unaligned(numbers), np.full(n, np.nan, dtype)
+        read(a.ctypes.data, np.int32(count), out)
+        same(out, np.where(np.arange(n) < count, numbers[:n].astype(dtype), 0))
+
+
+@FORMATS
+@pytest.mark.parametrize("name", STORED)
+def test_all_numbers_of_two_bytes_are_read_exactly(name, dtype, last_of_a_page):
+    whole, part = getattr(simd, f"{name}_at"), getattr(simd, f"{name}_part_at")
+
+    @njit
+    def read(place, out, parts):
+        for at in range(0, out.size, simd.lanes(out)):
+            simd.store(out, at, whole(out, place + 2 * at))
+            simd.store(parts, at, part(out, place + 2 * at, simd.lanes(out)))
+
+    patterns = np.arange(2**16, dtype=np.uint16)
+    with np.errstate(invalid="ignore"):  # converting a signalling NaN
+        expected = patterns.view(STORED[name]).astype(dtype)
+    assert np.isinf(expected).sum() == 2 and np.isnan(expected).sum() > 200
+    for start in (0, 1):  # of a vector among the numbers
+        rolled, wanted = unaligned(np.roll(patterns, start)), np.roll(expected, start)
+        found, parts = np.empty_like(expected), np.empty_like(expected)
+        read(rolled.ctypes.data, found, parts)
+        for one in (found, parts):
+            same(one, wanted)
+            same(np.signbit(one), np.signbit(wanted))
+    last, found = last_of_a_page(width(dtype), np.uint16), np.empty(width(dtype), dtype)
+    last[:] = patterns[1 : 1 + last.size]
+    read(last.ctypes.data, found, np.empty_like(found))
+    same(found, expected[1 : 1 + last.size])
 
 
 @FORMATS
@@ -138,21 +238,21 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS)
 @FORMATS
-def test_blocks_are_transposed_in_and_out_by_any_table_of_rows(dtype, view):
+def test_blocks_are_transposed_in_and_out_by_any_table_of_addresses(dtype, view):
     @njit
-    def in_and_out(a, rows, n, x, panel, at, step, back, column):
-        simd.transpose_in(a, rows, n, x, panel, at, step)
-        simd.transpose_out(panel, at, step, back, rows, n, x)
-        simd.gather(a, rows, n, x, column)
+    def in_and_out(rows, n, x, panel, at, step, back, column):
+        simd.transpose_in(panel, rows, n, x, panel, at, step)
+        simd.transpose_out(panel, at, step, back, n, x)
+        simd.gather(panel, rows, n, x, column)
 
     n = width(dtype)
-    whole = np.arange(1.0, 3 * 2 * n * (n + 5) + 1).astype(dtype).reshape(3, 2 * n, n + 5)
+    whole = unaligned(np.arange(1.0, 3 * 2 * n * (n + 5) + 1).astype(dtype).reshape(3, 2 * n, n + 5))
     a = VIEWS[view](whole)
     places = np.random.default_rng(1).permutation(list(np.ndindex(a.shape[:2])))[: n + 3]
-    rows = places @ np.array(a.strides[:2])
     for first, x, at, step in ((0, 0, 0, n), (3, 5, 7, n + 2), (1, 2, 1, 3 * n)):
-        panel, column, back = np.zeros(at + n * step, dtype), np.zeros(n + 1, dtype), VIEWS[view](np.zeros_like(whole))
-        in_and_out(a, rows, first, x, panel, at, step, back, column)
+        panel, column, back = np.zeros(at + n * step, dtype), np.zeros(n + 1, dtype), VIEWS[view](unaligned(np.zeros_like(whole)))
+        rows = [np.array([place_of(one, (i, j, 0)) for i, j in places]) for one in (a, back)]
+        in_and_out(rows[0], first, x, panel, at, step, rows[1], column)
         expected, written = np.zeros_like(panel), np.zeros_like(a)
         for lane, (i, j) in enumerate(places[first : first + n]):
             expected[at + lane :: step][:n] = written[i, j, x : x + n] = a[i, j, x : x + n]
@@ -160,6 +260,45 @@ def test_blocks_are_transposed_in_and_out_by_any_table_of_rows(dtype, view):
         same(panel, expected)
         same(back, written)
         assert column[n] == 0
+
+
+@FORMATS
+def test_rows_of_booleans_are_transposed_into_zeros_and_minus_infinities(dtype):
+    @njit
+    def hide(rows, n, x, panel, at, step):
+        simd.transpose_hidden_in(rows, n, x, panel, at, step)
+
+    n = width(dtype)
+    seen = np.random.default_rng(2).choice(np.array([0, 0, 1, 255], np.uint8), (n + 3, n + 5))
+    rows = seen.ctypes.data + np.random.default_rng(3).permutation(n + 3) * (n + 5)
+    for first, x, at, step in ((0, 0, 0, n), (3, 5, 7, n + 2)):
+        panel = np.full(at + n * step, 5.0, dtype)
+        hide(rows, first, x, panel, at, step)
+        expected = np.full_like(panel, 5.0)
+        for lane, row in enumerate((rows[first : first + n] - seen.ctypes.data) // (n + 5)):
+            expected[at + lane :: step][:n] = np.where(seen[row, x : x + n] > 0, 0.0, -np.inf)
+        same(panel, expected)
+
+
+@FORMATS
+def test_blocks_end_where_their_rows_do(dtype, last_of_a_page):
+    @njit
+    def move(rows, x, booleans, panel, column):
+        n = simd.lanes(panel)
+        simd.transpose_in(panel, rows, 0, x, panel, 0, n)
+        simd.transpose_out(panel, 0, n, rows, 0, x)
+        simd.gather(panel, rows, 0, x + n - 1, column)
+        simd.transpose_hidden_in(booleans, 0, 1, panel, 0, n)
+
+    n = width(dtype)
+    a = last_of_a_page(n + 1, dtype)
+    a[:] = np.arange(n + 1)
+    panel, column = np.empty(n * n, dtype), np.empty(n, dtype)
+    booleans = np.full(n, a.ctypes.data + a.nbytes - n - 1)
+    move(np.full(n, a.ctypes.data), 1, booleans, panel, column)
+    same(a, np.arange(n + 1))
+    same(column, n)
+    same(panel.reshape(n, n)[:, 0] == 0, a.view(np.uint8)[-n:] > 0)
 
 
 def test_every_task_is_taken_once_whoever_asks():
@@ -252,10 +391,13 @@ LANEWISE = {
     "div": (2, np.divide),
     "absolute": (1, np.abs),
     "with_sign": (2, np.copysign),
+    "where_equal": (4, lambda x, mark, y, z: np.where(x == mark, y, z)),
     "where_less": (4, lambda x, limit, y, z: np.where(x < limit, y, z)),
     "between": (4, lambda v, x, low, high: hidden_where(~((x >= low) & (x < high)), v)),
     "bounded": (1, lambda x: np.where(x == -np.inf, np.zeros_like(x), x)),
     "plus_unless_hidden": (2, lambda x, y: hidden_where(y == -np.inf, x + y)),
+    "larger": (2, lambda x, y: np.where(x > y, x, y)),
+    "smaller": (2, lambda x, y: np.where(x < y, x, y)),
     "times_unless_zero": (2, lambda x, y: np.where(x == 0, np.zeros_like(x), x * y)),
 }
 
@@ -300,14 +442,50 @@ def test_lanes_are_summed_by_halves_and_the_largest_of_them_is_nan_where_any_is(
     assert np.isfinite(sums).any() and np.isnan(tops).any()
 
 
+@FORMATS
+def test_sums_of_sixteen_vectors_are_taken_in_one_order_and_within_its_rounding(dtype):
+    """Neighbours are added, then neighbours among the sums: every number meets as many roundings as a register has halves."""
+
+    @njit(error_model="numpy")
+    def totals(x, s, at, step):
+        a, b, c, d = simd.load(x, (0, 0)), simd.load(x, (1, 0)), simd.load(x, (2, 0)), simd.load(x, (3, 0))
+        e, f, g, h = simd.load(x, (4, 0)), simd.load(x, (5, 0)), simd.load(x, (6, 0)), simd.load(x, (7, 0))
+        i, j, k, l = simd.load(x, (8, 0)), simd.load(x, (9, 0)), simd.load(x, (10, 0)), simd.load(x, (11, 0))  # noqa: E741
+        m, n, o, p = simd.load(x, (12, 0)), simd.load(x, (13, 0)), simd.load(x, (14, 0)), simd.load(x, (15, 0))
+        simd.store_totals(s, at, step, (a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p))
+
+    lanes, roundings = width(dtype), math.log2(width(dtype)) * Fraction(1, 2 ** DIGITS[dtype])
+    rng = np.random.default_rng(7)
+    alike = rng.standard_normal((16, lanes)).astype(dtype)
+    apart = np.ldexp(alike, rng.integers(-40, 40, alike.shape)).astype(dtype)
+    small = (rng.integers(-9, 9, alike.shape) * np.finfo(dtype).smallest_subnormal).astype(dtype)
+    odd = alike.copy()
+    odd[3, -1], odd[9, 0], odd[12, :2], odd[15, lanes // 2] = np.inf, np.nan, (np.inf, -np.inf), -np.inf
+    for x in (alike, apart, small, odd):
+        for at, step in ((0, 4), (5, 9)):
+            s = np.full(at + 3 * step + 6, 7.0, dtype)
+            totals(x, s, at, step)
+            expected, written = x, np.full_like(s, 7.0)
+            with np.errstate(invalid="ignore"):
+                while expected.shape[1] > 1:
+                    expected = expected[:, ::2] + expected[:, 1::2]
+            for r in range(4):
+                written[at + r * step :][:4] = expected[4 * r : 4 * r + 4, 0]
+            same(s, written)
+            for vector, one in zip(x, expected[:, 0], strict=True):
+                if np.isfinite(vector).all():
+                    exact = [Fraction(float(y)) for y in vector]
+                    assert abs(Fraction(float(one)) - sum(exact)) <= roundings / (1 - roundings) * sum(map(abs, exact))
+
+
 def test_a_hint_to_read_may_point_anywhere():
     @njit
-    def hint(a, at):
-        simd.prefetch(a, at)
-        return a[0]
+    def hint(place):
+        simd.prefetch_at(place)
+        return place
 
-    for at in (0, 10**15, -(10**15)):
-        assert hint(np.ones(1, np.float32), at) == 1
+    for place in (0, -1, 1, 10**15, -(10**15)):
+        assert hint(place) == place
 
 
 # ---- 2**x ----------------------------------------------------------------------------------------------------------------------
@@ -408,6 +586,38 @@ def test_exp2_of_whole_numbers_is_exact_and_beyond_the_normal_numbers_0_or_infin
     assert np.isfinite(below) and below > info.max / 1.001
 
 
+@FORMATS
+def test_exp2_below_is_exp2_down_to_the_normal_numbers_and_then_rounds_once_more_or_is_0(dtype):
+    info, rng = np.finfo(dtype), np.random.default_rng(8)
+    least = dtype(info.minexp)
+    x = np.concatenate([[-0.0, 0.0, -info.smallest_subnormal], -np.arange(-least), rng.uniform(least, 0, 3000), -(rng.uniform(0, 1, 500) ** 9)])
+    x = x.astype(dtype)
+    expected = lanewise(simd.exp2, x)
+    alike = (expected >= 2 * info.smallest_normal) & ((x + dtype(0.5)) % 1 != 0)  # halves may be rounded the other way
+    same(lanewise(simd.exp2_below, x)[alike], expected[alike])
+    x = np.array([-0.5, -1.5, least, least - dtype(0.25), *rng.uniform(least - 0.5, least + 1, 500)], dtype)
+    for a, y in zip(x, lanewise(simd.exp2_below, x), strict=True):
+        exact = mpmath.power(2, mpf(float(a)))
+        assert abs(mpf(float(y)) - exact) <= claim(simd.__doc__) * mpf(2) ** -DIGITS[dtype] * exact + mpf(float(info.smallest_subnormal)) / 2
+    x = np.array([least - dtype(0.5), least - 1, dtype(1.5) * least, -info.max, -np.inf], dtype)
+    same(lanewise(simd.exp2_below, x), 0)
+    same(lanewise(simd.exp2_below, np.array([np.nan], dtype)), np.nan)
+
+
+@FORMATS
+def test_the_ratio_for_tanh_is_that_of_two_polynomials_by_horners_rule(dtype):
+    rng = np.random.default_rng(6)
+    z = np.concatenate([rng.uniform(0, 0.625**2, 100), rng.uniform(0, 1, 20) ** 40, [0.0, np.finfo(dtype).smallest_subnormal]]).astype(dtype)
+    parts = []
+    for coefficients in simd.TANH[from_dtype(np.dtype(dtype))]:
+        *rest, last = map(dtype, coefficients)
+        y = np.full_like(z, last)
+        for c in reversed(rest):
+            y = np.array([fused(float(a), float(x), float(c), dtype) for a, x in zip(y, z, strict=True)], dtype)
+        parts.append(y)
+    same(lanewise(simd.tanh_ratio, z), parts[0] / parts[1])
+
+
 # ---- tanh ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +677,7 @@ def test_everything_here_and_the_kernels_hold_at_other_register_widths(bytes_, t
     sizes = [f"{here / 'test_engine.py'}::test_every_size_gives_what_the_definition_gives[{n}-float32]" for n in (2, 49)]
     options = ["-q", "-p", "no:cacheprovider", "-k", "not other_register_widths and not proved and not all_over_its_range"]
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}  # the cache does not know the width
-    command = [sys.executable, "-c", code, *options, str(here / "test_simd.py"), *sizes]
+    tests = [str(here / f"test_{name}.py") for name in ("simd", "stored", "weights")]
+    command = [sys.executable, "-c", code, *options, *tests, *sizes]
     run = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -1,13 +1,12 @@
-"""Family `scored`, forward: softmax attention by tiles of keys, with a running maximum (Dao, FlashAttention-2, arXiv:2307.08691, algorithm 1).
+"""Family `scored`, forward: attention by tiles of keys (Dao, FlashAttention-2, arXiv:2307.08691, algorithm 1).  Normalisers of whole rows: rows.py.
 
-A task is a block of rows of one batch and key-value head.  The rows of all query heads that share the head are numbered together, query by
-query (row r is query r // group of head r % group), so that a group reads each key once and short sequences still fill the lanes.  A
-task belongs to one thread from its first operation to its last, and tasks are the same for any number of threads: so are the bits.
+A task is a block of rows of one sequence and key-value head (tiles.py).  It belongs to one thread from its first operation to its last, and tasks are
+the same for any number of threads: so are the bits.
 
     1. transpose the block's queries into panels
     2. for every tile of keys: copy its values to rows that do not collide in the cache, then for every panel
          a. scores, with the maximum of the keys every lane sees; -inf where a lane sees less
-         b. exponentials, and what they shrink earlier sums by
+         b. weights, and what they shrink earlier sums by
          c. values
     3. divide by the sums, with the sink among them; transpose back; lse
 """
@@ -15,201 +14,265 @@ task belongs to one thread from its first operation to its last, and tasks are t
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, prange
 
-from .panels import LOG2_E, add_bias, exponentials, hide, scores, skipping_values, soft_cap, values, width
-from .simd import lanes, load, mul, store, transpose_in, transpose_out
+from .panels import LOG2_E, NO, START, copy, cover, fold, hide, scores, skipping_values, values, width
+from .references import hold, lent
+from .simd import address, lanes, load, mul, store
+from .stored import PAD, SAME, bytes_of, decode_rows, find_keys, point_to
 from .tasks import take
+from .tiles import (
+    BLOCKS_BEFORE,
+    K_ROW,
+    N_K,
+    N_Q,
+    Q_BATCH,
+    Q_ROW,
+    Inputs,
+    block_range,
+    call_for,
+    fill_lanes,
+    find_block,
+    load_panels,
+    modify,
+    new_lanes,
+    new_scratch,
+    panel_range,
+    store_panels,
+    visible,
+)
+from .weights import SOFTMAX, SPARSEMAX, exponentials, one_by_one
 
-PANELS = 4  # per block of rows
+PANELS = 8  # per block of rows, at most
 TILE = 128  # keys per tile
-PAD = 16  # elements between a tile's rows, so that rows a power of two apart do not share cache sets
 
 
-@njit(error_model="numpy", cache=True)
-def rows_per_block(a):
-    return PANELS * width(a)
+class Space(NamedTuple):
+    """What a thread needs for one block: its queries and outputs as panels, a tile's scores, a copy of them, its keys and values, statistics."""
+
+    lanes: Any
+    scratch: Any
+    rows: Any
+    queries: Any
+    outputs: Any
+    scores: Any
+    kept: Any
+    key_places: Any
+    value_places: Any
+    keys: Any
+    values: Any
+    top: Any
+    old: Any
+    total: Any
+    shrink: Any
 
 
-@njit(error_model="numpy", cache=True)
-def blocks(n_rows, per_block):
-    return (n_rows + per_block - 1) // per_block
+@njit(error_model="numpy", inline="always")
+def workspace(a, how):
+    d, e, w = how.d, how.e, width(a)
+    n = PANELS * w
+    rows = np.empty(n * (d + PAD) if how.q_code != SAME else 0, a.dtype)
+    keys = np.empty(TILE * (d + PAD) if how.k_code != SAME else 0, a.dtype)
+    tile_scores, kept, tile_values = np.empty(TILE * w, a.dtype), np.empty(TILE * w, a.dtype), np.empty(TILE * (e + PAD), a.dtype)
+    one, two, three, four = np.empty(n, a.dtype), np.empty(n, a.dtype), np.empty(n, a.dtype), np.empty(n, a.dtype)
+    queries, outputs = np.empty(n * d, a.dtype), np.empty(n * e, a.dtype)
+    places, more = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
+    return Space(
+        new_lanes(a, n), new_scratch(a, TILE), rows, queries, outputs, tile_scores, kept, places, more, keys, tile_values, one, two, three, four
+    )
 
 
-@njit(error_model="numpy", cache=True)
-def find_rows(a, b, g, group, begin, end, n, table):
-    """table[r - begin] = bytes from the start of `a` to row r of a batch and key-value head; past the end, to the last row."""
-    for r in range(begin, begin + n):
-        row = min(r, end - 1)
-        table[r - begin] = b * a.strides[0] + (g * group + row % group) * a.strides[1] + row // group * a.strides[2]
+@njit(error_model="numpy", inline="always")
+def is_plain(inputs, how):
+    """Whether scores are used as they come, their scale folded into the exponential."""
+    return how.kind == SOFTMAX and inputs.bias.size == 0 and how.cap == 0.0 and how.score_mod == 0 and how.scale > 0.0
 
 
-@njit(error_model="numpy", cache=True)
-def load_panels(a, b, g, group, begin, end, n_panels, table, panels):
-    """Rows begin to end of `a`, transposed into panels."""
-    step, w, d = lanes(a), width(a), a.shape[3]
-    whole = d // step * step
-    find_rows(a, b, g, group, begin, end, n_panels * w, table)
-    for p in range(n_panels):
-        for lane in range(0, w, step):
-            for x in range(0, whole, step):
-                transpose_in(a, table, p * w + lane, x, panels, (p * d + x) * w + lane, w)
-        for lane in range(w if whole < d else 0):
-            row = min(begin + p * w + lane, end - 1)
-            for x in range(whole, d):
-                panels[(p * d + x) * w + lane] = a[b, g * group + row % group, row // group, x]
+@njit(error_model="numpy", inline="always")
+def fetch_keys(inputs, how, b, g, row, start, n, space):
+    """Addresses of a tile's keys, which are decoded first where they have to be."""
+    find_keys(inputs.k, inputs.pages, how.page_size, b, g, row, start, n, space.key_places)
+    if how.k_code != SAME:
+        decode_rows(space.key_places, n, how.k_code, inputs.tables, how.d, space.keys, how.d + PAD)
+        point_to(space.keys, n, how.d + PAD, space.key_places)
 
 
-@njit(error_model="numpy", cache=True)
-def store_panels(panels, d, a, b, g, group, begin, end, n_panels, table):
-    """The way back."""
-    step, w = lanes(a), width(a)
-    find_rows(a, b, g, group, begin, end, n_panels * w, table)
-    for p in range(n_panels):
-        for lane in range(0, w, step):
-            number = p * w + lane
-            whole = d // step * step if begin + number + step <= end else 0  # a vector of lanes that all have rows
-            for x in range(0, whole, step):
-                transpose_out(panels, (p * d + x) * w + lane, w, a, table, number, x)
-            for r in range(number, min(number + step, end - begin)):
-                row = begin + r
-                for x in range(whole, d):
-                    a[b, g * group + row % group, row // group, x] = panels[(p * d + x) * w + r - p * w]
+@njit(error_model="numpy", inline="always")
+def fetch_values(inputs, how, b, g, row, start, n, space):
+    """A tile's values; returns 0 while all are finite."""
+    find_keys(inputs.v, inputs.pages, how.page_size, b, g, row, start, n, space.value_places)
+    return decode_rows(space.value_places, n, how.v_code, inputs.tables, how.e, space.values, how.e + PAD)
 
 
-@njit(error_model="numpy", cache=True)
-def block(task, q, k, v, bias, sinks, first, last, scale, cap, out, lse, space):
-    """One task; `first` and `last` are each query's range of keys, `bias` has no element where there is none, `cap` is 0 where there is none."""
-    _, heads, n_q, d = q.shape
-    kv_heads, n_k, e = k.shape[1], k.shape[2], v.shape[3]
-    group = heads // kv_heads
-    step, w, n_rows = lanes(q), width(q), n_q * group
-    per_block = PANELS * w
-    n_blocks = blocks(n_rows, per_block)
-    b, g = task // (kv_heads * n_blocks), task // n_blocks % kv_heads
-    begin = (n_blocks - 1 - task % n_blocks) * per_block  # the longest rows of a causal mask first
-    end = min(begin + per_block, n_rows)
-    n_panels = (end - begin + w - 1) // w
-    queries, outputs, tile_scores, kept, tile_values, square, stats, bounds, table, bias_table = space
-    plain = bias.size == 0 and cap == 0.0 and scale > 0.0  # scores are used as they come, their scale folded into the exponential
-    keys = k[b, g]
+@njit(error_model="numpy", inline="always")
+def score_panel(inputs, how, b, space, p, state, start, ranges, s, s_at, plain):
+    """Scores of a panel with the keys it sees of a tile, finished but for the normaliser, and top raised to them."""
+    at, scratch, top = space.lanes, space.scratch, space.top
+    here, there, whole_here, whole_there = ranges
+    w, d, n = width(s), how.d, there - here
+    lane, q_at = p * w, p * how.d * w
+    exact = plain and state == 2
+    before, after = (whole_here - here) * w, (whole_there - here) * w
+    if inputs.bias.size and not how.same_bias:
+        size = bytes_of(how.bias_code, s)
+        call_for(at.bias, lane, w, here * size, n * size)
+    scores(space.key_places, here - start, whole_here - start, space.queries, q_at, d, s, s_at, w, top, lane, NO)
+    scores(space.key_places, whole_here - start, whole_there - start, space.queries, q_at, d, s, s_at + before, w, top, lane, exact)
+    scores(space.key_places, whole_there - start, there - start, space.queries, q_at, d, s, s_at + after, w, top, lane, NO)
+    if exact:
+        hide(s, s_at, w, here, whole_here - here, at.first, at.last, lane, top, lane)
+        hide(s, s_at + after, w, whole_there, there - whole_there, at.first, at.last, lane, top, lane)
+        return
+    cut, raised = whole_here > here or whole_there < there, False
+    if not plain:
+        raised = modify(inputs, how, b, at, lane, s, s_at, w, here, n, top[:0], state, scratch, top, not cut)
+    elif state == 1:
+        cover(s, s_at, w, n, scratch.hidden, START)
+    if cut:
+        hide(s, s_at, w, here, n, at.first, at.last, lane, top, lane)
+    elif not raised and (how.kind == SOFTMAX or how.kind >= SPARSEMAX):  # the others want no maximum
+        fold(s, s_at, w, n, top, lane)
 
-    load_panels(q, b, g, group, begin, end, n_panels, table, queries)
-    for r in range(begin, begin + n_panels * w):
-        row = min(r, end - 1)  # a lane without a row repeats the last one, and is not written back
-        h, i = g * group + row % group, row // group
-        bounds[0, r - begin], bounds[1, r - begin] = first[i], last[i]
-        bias_table[r - begin] = b * bias.strides[0] + h * bias.strides[1] + i * bias.strides[2]
-    outputs[: n_panels * e * w] = 0.0
-    stats[0, :] = -np.inf
-    stats[1, :] = -np.inf
-    stats[2, :] = 0.0
 
-    low, high = n_k, 0
-    for r in range(n_panels * w):
-        low, high = min(low, int(bounds[0, r])), max(high, int(bounds[1, r]))
-    factor = scale * LOG2_E if plain else LOG2_E
-    row_step = e + PAD
+@njit(error_model="numpy", inline="always")
+def by_tiles(inputs, how, sequence, b, g, group, n_panels, space):
+    """Steps 2 for a whole block, in one go."""
+    w, e, row_step = width(space.top), how.e, how.e + PAD
+    n_keys, row = sequence[N_K], sequence[K_ROW]
+    plain = is_plain(inputs, how)
+    factor = how.scale * LOG2_E if plain else LOG2_E
+    low, high = block_range(space.lanes, n_panels * w, n_keys)
     for start in range(low, high, TILE):
         stop = min(start + TILE, high)
-        odd = 0.0  # stays 0 while all values are finite
-        for j in range(start, stop):
-            for y in range(e):
-                value = v[b, g, j, y]
-                tile_values[(j - start) * row_step + y] = value
-                odd += value - value
+        fetched, odd = False, 0.0
         for p in range(n_panels):
             lane = p * w
-            some_first, some_last, all_first, all_last = n_k, 0, 0, n_k  # keys that some lane sees, and that all see
-            for one in range(lane, lane + w):
-                some_first, all_first = min(some_first, int(bounds[0, one])), max(all_first, int(bounds[0, one]))
-                some_last, all_last = max(some_last, int(bounds[1, one])), min(all_last, int(bounds[1, one]))
-            here, there = max(start, some_first), min(stop, some_last)
-            if here >= there:
+            ranges = panel_range(space.lanes, lane, w, start, stop, n_keys)
+            here, n = ranges[0], ranges[1] - ranges[0]
+            if n <= 0:
                 continue
-            whole_here = min(max(here, all_first), there)
-            whole_there = max(min(there, all_last), whole_here)
-            q_at = p * d * w
-            n, at, end_at = there - here, (whole_here - here) * w, (whole_there - here) * w
-            scores(keys, here, whole_here, queries, q_at, d, tile_scores, 0, w, stats[0], lane, False)
-            scores(keys, whole_here, whole_there, queries, q_at, d, tile_scores, at, w, stats[0], lane, plain)
-            scores(keys, whole_there, there, queries, q_at, d, tile_scores, end_at, w, stats[0], lane, False)
-            if plain:
-                hide(tile_scores, 0, w, here, whole_here - here, bounds[0], bounds[1], lane, stats[0], lane)
-                hide(tile_scores, end_at, w, whole_there, there - whole_there, bounds[0], bounds[1], lane, stats[0], lane)
-            else:
-                soft_cap(tile_scores, 0, w, n, scale, cap)
-                if bias.size:
-                    add_bias(tile_scores, 0, w, here, n, bias, bias_table, lane, square)
-                hide(tile_scores, 0, w, here, n, bounds[0], bounds[1], lane, stats[0], lane)
+            state = visible(inputs, how, b, g, group, space.lanes, lane, here, here + n, space.scratch)
+            if state == 0:
+                continue
+            if not fetched:
+                fetch_keys(inputs, how, b, g, row, start, stop - start, space)
+                odd = fetch_values(inputs, how, b, g, row, start, stop - start, space)
+                fetched = True
+            score_panel(inputs, how, b, space, p, state, start, ranges, space.scores, START, plain)
             if odd != 0.0:
-                kept[: n * w] = tile_scores[: n * w]  # which keys a lane does not see, once scores are exponentials
-            exponentials(tile_scores, 0, n, factor, stats[0], stats[1], stats[2], stats[3], lane)
-            seen = tile_values[(here - start) * row_step :]
-            if odd == 0.0:
-                values(seen, row_step, n, e, tile_scores, 0, w, outputs, p * e * w, stats[3], lane)
+                copy(space.scores, START, space.kept, n * w)  # which keys a lane does not see, once scores are weights
+            if how.kind == SOFTMAX:
+                exponentials(space.scores, START, n, factor, space.top, space.old, space.total, space.shrink, lane)
             else:
-                skipping_values(seen, row_step, n, e, tile_scores, 0, w, kept, -np.inf, outputs, p * e * w, stats[3], lane)
+                one_by_one(space.scores, START, n, how.kind, how.shift, how.power)
+            seen = space.values[(here - start) * row_step :]
+            if odd == 0.0:
+                values(seen, row_step, n, e, space.scores, START, w, space.outputs, p * e * w, space.shrink, lane)
+            else:
+                skipping_values(seen, row_step, n, e, space.scores, START, w, space.kept, -np.inf, space.outputs, p * e * w, space.shrink, lane)
 
+
+@njit(error_model="numpy", inline="always")
+def finish(inputs, how, b, g, group, begin, end, space, lse):
+    """Step 3 for each row: its lse, and in space.shrink by how much its output is scaled."""
+    plain = is_plain(inputs, how)
+    sequence = inputs.sequences[b]
     for r in range(begin, end):
         n = r - begin
-        h, i = g * group + r % group, r // group
-        top, total = stats[0, n], stats[2, n]
-        if plain and top != -np.inf:  # a scale of 0 times -inf would be NaN
-            top *= scale
-        most = sinks[h] if math.isnan(sinks[h]) else max(top, sinks[h])
-        if most == -np.inf:  # sees nothing
-            stats[3, n] = 0.0
-            lse[b, h, i] = -np.inf
+        h, i = g * group + r % group, sequence[Q_ROW] + r // group
+        if how.kind != SOFTMAX:
+            space.shrink[n], lse[sequence[Q_BATCH], h, i] = 1.0 / how.divisor, -np.inf
             continue
-        fade = math.exp(top - most)
-        total = total * fade + math.exp(sinks[h] - most)
-        stats[3, n] = fade / total if top != -np.inf else 0.0
-        lse[b, h, i] = most + math.log(total)
+        top, total, sink = space.top[n], space.total[n], inputs.sinks[h]
+        if plain and top != -np.inf:  # a scale of 0 times -inf would be NaN
+            top *= how.scale
+        most = sink if math.isnan(sink) else max(top, sink)
+        if most == -np.inf and total == 0.0:  # sees nothing; NaN does not show in the maximum
+            space.shrink[n], lse[sequence[Q_BATCH], h, i] = 0.0, most
+            continue
+        fade = 1.0
+        if sink != -np.inf:
+            fade = math.exp(top - most)
+            total = total * fade + math.exp(sink - most)
+        space.shrink[n], lse[sequence[Q_BATCH], h, i] = fade / total, most + math.log(total)
+
+
+@njit(error_model="numpy", inline="always")
+def begin_block(inputs, how, b, g, group, begin, end, n_panels, space):
+    """Step 1, and statistics as they are before any key."""
+    w, d, e, at = width(space.top), how.d, how.e, space.lanes
+    fill_lanes(inputs, inputs.sequences[b], b, g, group, begin, end, n_panels * w, at)
+    if how.q_code != SAME:
+        decode_rows(at.rows, n_panels * w, how.q_code, inputs.tables, d, space.rows, d + PAD)
+        point_to(space.rows, n_panels * w, d + PAD, at.rows)
+    load_panels(at.rows, d, n_panels, space.queries)
+    space.outputs[: n_panels * e * w] = 0.0
+    space.top[:] = -np.inf
+    space.old[:] = -np.inf
+    space.total[:] = 0.0
+    space.shrink[:] = 1.0
+
+
+@njit(error_model="numpy", inline="always")
+def end_block(sequence, e, g, group, begin, end, n_panels, space, out):
+    """The end of step 3: outputs scaled by space.shrink and written."""
+    step, w, rows = lanes(space.top), width(space.top), space.lanes.rows
     for p in range(n_panels):
         for x in range(e):
             for lane in range(0, w, step):
-                at = (p * e + x) * w + lane
-                store(outputs, at, mul(load(outputs, at), load(stats, (3, p * w + lane))))
-    store_panels(outputs, e, out, b, g, group, begin, end, n_panels, table)
+                place = (p * e + x) * w + lane
+                store(space.outputs, place, mul(load(space.outputs, place), load(space.shrink, p * w + lane)))
+    for r in range(begin, end):
+        rows[r - begin] = address(out, (sequence[Q_BATCH], g * group + r % group, sequence[Q_ROW] + r // group, 0))
+    store_panels(space.outputs, e, end - begin, rows)
 
 
-@njit(error_model="numpy", cache=True)
-def workspace(q, e):
-    """What a thread needs for one block: queries, outputs, a tile's scores, a copy of them, its values, a square, statistics, ranges, rows."""
-    d, w, n = q.shape[3], width(q), PANELS * width(q)
-    queries, outputs = np.empty(n * d, q.dtype), np.empty(n * e, q.dtype)
-    tile_scores, kept, tile_values = np.empty(TILE * w, q.dtype), np.empty(TILE * w, q.dtype), np.empty(TILE * (e + PAD), q.dtype)
-    square, stats, bounds = np.empty(lanes(q) * lanes(q), q.dtype), np.empty((4, n), q.dtype), np.empty((2, n), q.dtype)
-    return queries, outputs, tile_scores, kept, tile_values, square, stats, bounds, np.empty(n, np.int64), np.empty(n, np.int64)
+@njit(error_model="numpy", inline="always")
+def block(task, inputs, how, out, lse, space):
+    """One task."""
+    kv_heads = inputs.k.shape[1]
+    group = out.shape[1] // kv_heads
+    b, g, number, _ = find_block(task, kv_heads, inputs.sequences, how.heads_first)
+    sequence, w = inputs.sequences[b], width(space.top)
+    begin = number * how.block_rows
+    end = min(begin + how.block_rows, sequence[N_Q] * group)
+    n_panels = (end - begin + w - 1) // w
+    begin_block(inputs, how, b, g, group, begin, end, n_panels, space)
+    by_tiles(inputs, how, sequence, b, g, group, n_panels, space)
+    finish(inputs, how, b, g, group, begin, end, space, lse)
+    end_block(sequence, how.e, g, group, begin, end, n_panels, space, out)
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
-def worker(q, k, v, bias, sinks, first, last, scale, cap, out, lse, counter, n_tasks):
+@njit(error_model="numpy", inline="always")
+def take_tasks(inputs, how, out, lse, counter):
     """Takes tasks until there are none."""
-    space = workspace(q, v.shape[3])
+    n_tasks = inputs.sequences[-1, BLOCKS_BEFORE] * inputs.k.shape[1]
+    owned = workspace(lse, how)
+    inputs, space, out, lse = lent(inputs), lent(owned), lent(out), lent(lse)
     task = take(counter)
     while task < n_tasks:
-        block(task, q, k, v, bias, sinks, first, last, scale, cap, out, lse, space)
+        block(task, inputs, how, out, lse, space)
         task = take(counter)
+    hold(owned)
 
 
 @njit(error_model="numpy", nogil=True, cache=True)
-def count_tasks(q, k):
-    batch, heads, n_q = q.shape[:3]
-    kv_heads = k.shape[1]
-    return batch * kv_heads * blocks(n_q * (heads // kv_heads), rows_per_block(q))
+def worker(inputs, how, out, lse, counter):
+    """What each of several threads does; a function of its own, or Numba would look for reductions in it."""
+    take_tasks(inputs, how, out, lse, counter)
 
 
-def forward(q, k, v, bias, sinks, first, last, scale, cap, out, lse):
+def forward(q, k, v, bias, mask, sinks, first, last, sequences, pages, tables, blocks, how, out, lse):
     """On this thread."""
-    worker(q, k, v, bias, sinks, first, last, scale, cap, out, lse, np.zeros(1, np.int64), count_tasks(q, k))
+    inputs = Inputs(q, k, v, bias, mask, sinks, first, last, sequences, pages, tables, blocks)
+    take_tasks(inputs, how, out, lse, np.zeros(1, np.int64))
 
 
-def forward_parallel(q, k, v, bias, sinks, first, last, scale, cap, out, lse, threads):
+def forward_parallel(q, k, v, bias, mask, sinks, first, last, sequences, pages, tables, blocks, how, out, lse, threads):
     """On several threads; the same bits."""
-    counter, n_tasks = np.zeros(1, np.int64), count_tasks(q, k)
+    counter = np.zeros(1, np.int64)
     for _ in prange(threads):
-        worker(q, k, v, bias, sinks, first, last, scale, cap, out, lse, counter, n_tasks)
+        worker(Inputs(q, k, v, bias, mask, sinks, first, last, sequences, pages, tables, blocks), how, out, lse, counter)

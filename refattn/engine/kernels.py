@@ -8,31 +8,42 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import numba
 import numpy as np
 from numba import types
 
-#: Axes of every array argument by name; `first` and `last` hold integers, names of results are written to.
-_AXES = {
-    "q": 4, "k": 4, "v": 4, "bias": 4, "sinks": 1, "first": 1, "last": 1, "out": 4, "lse": 3,
-    "d_out": 4, "d_lse": 3, "d_q": 4, "d_k": 4, "d_v": 4, "d_bias": 4, "deltas": 3,
+from .tiles import How
+
+#: Element and number of axes of every array argument, by name; None stands for the kernel's own element.
+_ARRAYS = {
+    **dict.fromkeys(("q", "k", "v", "bias", "mask", "d_out"), (types.uint8, 4)),
+    **dict.fromkeys(("first", "last"), (types.int64, 1)),
+    **dict.fromkeys(("sequences", "pages"), (types.int64, 2)),
+    **dict.fromkeys(("out", "d_q", "d_k", "d_v"), (None, 4)),
+    **dict.fromkeys(("lse", "d_lse", "deltas"), (None, 3)),
+    "sinks": (None, 1), "tables": (None, 2), "blocks": (types.int8, 4), "d_bias": (None, 5),
+    **dict.fromkeys(("sums_k", "sums_v"), (None, 3)),
 }  # fmt: skip
-_WRITTEN = {"d_q", "d_k", "d_v", "d_bias", "deltas"}
+#: What entry points write, the names of results of the forward pass in one and those of the backward pass in the other.
+_FORWARD, _BACKWARD = {"out", "lse"}, {"d_q", "d_k", "d_v", "d_bias", "sums_k", "sums_v", "deltas"}
 
 
 @functools.cache
 def kernel(function: Callable[..., None], element: np.dtype) -> Any:
     """An entry point compiled for float32 or float64; one whose name ends in ``_parallel`` for several threads."""
     number = numba.from_dtype(element)
-    writes = _WRITTEN | (set() if "d_q" in inspect.signature(function).parameters else {"out", "lse"})  # inputs of the backward pass
+    names = tuple(inspect.signature(function).parameters)
+    written = _BACKWARD if "d_q" in names else _FORWARD
 
     def kind(name: str) -> Any:
-        if name not in _AXES:
-            return types.int64 if name == "threads" else number
-        return types.Array(types.int64 if name in ("first", "last") else number, _AXES[name], "A", readonly=name not in writes)
+        if name == "how":
+            return types.NamedTuple([types.int64 if hint is int else number for hint in get_type_hints(How).values()], How)
+        if name == "threads":
+            return types.int64
+        own, axes = _ARRAYS[name]
+        return types.Array(number if own is None else own, axes, "A", readonly=name not in written)
 
-    signature = tuple(kind(name) for name in inspect.signature(function).parameters)
     parallel = function.__name__.endswith("_parallel")
-    return numba.njit(signature, error_model="numpy", nogil=True, cache=True, parallel=parallel)(function)
+    return numba.njit(tuple(map(kind, names)), error_model="numpy", nogil=True, cache=True, parallel=parallel)(function)

@@ -1,36 +1,40 @@
-"""Products of a tile of keys or values with a panel of queries, blocked for registers.
+"""A panel of queries and a tile of keys or values: their products, blocked for registers, and what is done to their scores one by one.
 
 A panel holds `width(a)` queries, three vectors of lanes: lane l of every vector belongs to query l, so that softmax needs no operation across
-lanes, and keys and values are read where they stand, one element at a time into all lanes.  A panel of n rows is a flat array in which row x
+lanes, and keys and values are read as rows, one element at a time into all lanes.  A panel of n rows is a flat array in which row x
 begins at x * width.  Blocks are four rows by three vectors: twelve accumulators, three operands and one broadcast fill AVX2's sixteen
 registers, and leave AVX-512 and NEON room.
 """
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 from .simd import (
     absolute,
     add,
+    add_transposed,
     between,
-    bounded,
+    byte_at,
     div,
     exp2,
     fill,
     fma,
+    fma_unless_hidden,
     gather,
-    is_double,
     lanes,
+    larger,
     load,
-    maximum,
     mul,
     plus_unless_hidden,
     splat,
+    splat_at,
     store,
     sub,
+    tanh_ratio,
     times_unless_zero,
-    transpose_in,
+    transpose_hidden_in,
     where_equal,
     where_less,
     with_sign,
@@ -38,6 +42,8 @@ from .simd import (
 
 #: Vectors per panel row.
 VECTORS = 3
+#: An index and an answer that are no literals, for which Numba would compile every callee anew.
+START, NO = np.int64(0), np.bool_(False)
 LOG2_E = 1.4426950408889634
 
 
@@ -57,43 +63,51 @@ def put(a, at, x, y, z):
 
 
 @njit(error_model="numpy", cache=True)
-def raise_to(top, at, x, y, z):
-    """top = the larger of itself and a row."""
-    step = lanes(top)
-    put(top, at, maximum(load(top, at), x), maximum(load(top, at + step), y), maximum(load(top, at + 2 * step), z))
+def copy(a, at, target, n):
+    """target[:n] = a[at : at + n], n elements that fill vectors; quicker to compile than an assignment, which has messages for what does not fit."""
+    for x in range(0, n, lanes(a)):
+        store(target, x, load(a, at + x))
 
 
 @njit(error_model="numpy", cache=True)
-def scores(k, first, last, q, q_at, d, s, s_at, s_step, top, top_at, fold):
-    """Row j - first of s = k[j] . q for the keys from first to last; with `fold`, top becomes the larger of itself and each of them."""
-    step, w = lanes(q), width(q)
+def raise_to(top, at, x, y, z):
+    """top = the larger of itself and a row."""
+    step = lanes(top)
+    put(top, at, larger(load(top, at), x), larger(load(top, at + step), y), larger(load(top, at + 2 * step), z))
+
+
+@njit(error_model="numpy", cache=True)
+def scores(keys, first, last, q, q_at, d, s, s_at, s_step, top, top_at, fold):
+    """Row j - first of s = key j . q for first <= j < last, where keys[j] is the key's address; with `fold`, top is raised to each row."""
+    step, w, size = lanes(q), width(q), q.itemsize
     j, at = first, s_at
     while j + 4 <= last:
         a0 = a1 = a2 = b0 = b1 = b2 = c0 = c1 = c2 = d0 = d1 = d2 = fill(q, 0.0)
+        k0, k1, k2, k3 = keys[j], keys[j + 1], keys[j + 2], keys[j + 3]
         for x in range(d):
             q0, q1, q2 = load(q, q_at + x * w), load(q, q_at + x * w + step), load(q, q_at + x * w + 2 * step)
-            one = splat(k, (j, x))
+            one = splat_at(q, k0 + x * size)
             a0, a1, a2 = fma(one, q0, a0), fma(one, q1, a1), fma(one, q2, a2)
-            one = splat(k, (j + 1, x))
+            one = splat_at(q, k1 + x * size)
             b0, b1, b2 = fma(one, q0, b0), fma(one, q1, b1), fma(one, q2, b2)
-            one = splat(k, (j + 2, x))
+            one = splat_at(q, k2 + x * size)
             c0, c1, c2 = fma(one, q0, c0), fma(one, q1, c1), fma(one, q2, c2)
-            one = splat(k, (j + 3, x))
+            one = splat_at(q, k3 + x * size)
             d0, d1, d2 = fma(one, q0, d0), fma(one, q1, d1), fma(one, q2, d2)
         put(s, at, a0, a1, a2)
         put(s, at + s_step, b0, b1, b2)
         put(s, at + 2 * s_step, c0, c1, c2)
         put(s, at + 3 * s_step, d0, d1, d2)
         if fold:
-            x0, x1, x2 = maximum(a0, b0), maximum(a1, b1), maximum(a2, b2)
-            y0, y1, y2 = maximum(c0, d0), maximum(c1, d1), maximum(c2, d2)
-            raise_to(top, top_at, maximum(x0, y0), maximum(x1, y1), maximum(x2, y2))
+            x0, x1, x2 = larger(a0, b0), larger(a1, b1), larger(a2, b2)
+            y0, y1, y2 = larger(c0, d0), larger(c1, d1), larger(c2, d2)
+            raise_to(top, top_at, larger(x0, y0), larger(x1, y1), larger(x2, y2))
         j += 4
         at += 4 * s_step
     while j < last:
         a0 = a1 = a2 = fill(q, 0.0)
         for x in range(d):
-            one = splat(k, (j, x))
+            one = splat_at(q, keys[j] + x * size)
             a0 = fma(one, load(q, q_at + x * w), a0)
             a1 = fma(one, load(q, q_at + x * w + step), a1)
             a2 = fma(one, load(q, q_at + x * w + 2 * step), a2)
@@ -148,7 +162,7 @@ def values(v, v_step, n, e, p, p_at, p_step, out, out_at, shrink, shrink_at):
 
 @njit(error_model="numpy", cache=True)
 def hide(s, s_at, s_step, j, n, first, last, at, top, top_at):
-    """Scores of keys j, j + 1, ... outside a lane's [first, last) become -inf; top is raised to the others."""
+    """n rows of scores, of keys j, j + 1, ...: those outside a lane's [first, last) become -inf; top is raised to the others."""
     step = lanes(s)
     for v in range(VECTORS):
         low, high, most = load(first, at + v * step), load(last, at + v * step), load(top, top_at + v * step)
@@ -156,54 +170,42 @@ def hide(s, s_at, s_step, j, n, first, last, at, top, top_at):
             place = s_at + r * s_step + v * step
             x = between(load(s, place), fill(s, j + r), low, high)
             store(s, place, x)
-            most = maximum(most, x)
+            most = larger(most, x)
         store(top, top_at + v * step, most)
 
 
 @njit(error_model="numpy", cache=True)
-def exponentials(s, s_at, n, factor, top, old, total, shrink, at):
-    """s = 2**(factor * (s - top)); total and what was gathered before shrink by 2**(factor * (old - top)), and total gains the new ones."""
+def cover(s, s_at, s_step, n, hidden, hidden_at):
+    """n rows of scores become -inf where `hidden`, rows of a panel, is -inf."""
     step, w = lanes(s), width(s)
-    c = fill(s, factor)
+    for r in range(n):
+        for c in range(0, w, step):
+            at = s_at + r * s_step + c
+            store(s, at, plus_unless_hidden(load(s, at), load(hidden, hidden_at + r * w + c)))
+
+
+@njit(error_model="numpy", cache=True)
+def fold(s, s_at, s_step, n, top, top_at):
+    """top is raised to every one of n rows."""
+    step = lanes(s)
     for v in range(VECTORS):
-        most = bounded(load(top, at + v * step))
-        fade = exp2(mul(sub(load(old, at + v * step), most), c))
-        store(shrink, at + v * step, fade)
-        store(old, at + v * step, load(top, at + v * step))
-        one = two = fill(s, 0.0)
-        place = s_at + v * step
-        for _ in range(n // 2):
-            x, y = exp2(mul(sub(load(s, place), most), c)), exp2(mul(sub(load(s, place + w), most), c))
-            store(s, place, x)
-            store(s, place + w, y)
-            one, two = add(one, x), add(two, y)
-            place += 2 * w
-        if n % 2:
-            x = exp2(mul(sub(load(s, place), most), c))
-            store(s, place, x)
-            one = add(one, x)
-        store(total, at + v * step, fma(load(total, at + v * step), fade, add(one, two)))
+        most = load(top, top_at + v * step)
+        for r in range(n):
+            most = larger(most, load(s, s_at + r * s_step + v * step))
+        store(top, top_at + v * step, most)
 
 
 @njit(error_model="numpy", cache=True)
 def tanh(x, a):
     """Hyperbolic tangent of a vector of a's elements, within 4 units roundoff (tests/test_simd.py).
 
-    Below 5/8 a rational function or polynomial of x squared (Cephes, Moshier), which keeps small numbers exact to the last bits; above,
-    1 - 2 / (exp(2 |x|) + 1).
+    Below 5/8 it is x + x**3 `tanh_ratio`(x**2), above 1 - 2 / (exp(2 |x|) + 1).
     """
     size = absolute(x)
     one, two = fill(a, 1.0), fill(a, 2.0)
     large = sub(one, div(two, add(exp2(mul(size, fill(a, 2.0 * LOG2_E))), one)))
     z = mul(x, x)
-    if is_double(a):
-        top = fma(fma(fill(a, -9.64399179425052238628e-1), z, fill(a, -9.92877231001918586564e1)), z, fill(a, -1.61468768441708447952e3))
-        bottom = fma(fma(add(z, fill(a, 1.12811678491632931402e2)), z, fill(a, 2.23548839060100448583e3)), z, fill(a, 4.84406305325125486048e3))
-        small = fma(mul(size, z), div(top, bottom), size)
-    else:
-        p = fma(fill(a, -5.70498872745e-3), z, fill(a, 2.06390887954e-2))
-        p = fma(fma(fma(p, z, fill(a, -5.37397155531e-2)), z, fill(a, 1.33314422036e-1)), z, fill(a, -3.33332819422e-1))
-        small = fma(mul(size, z), p, size)
+    small = fma(mul(size, z), tanh_ratio(z), size)
     return with_sign(where_less(size, fill(a, 0.625), small, large), x)
 
 
@@ -221,20 +223,54 @@ def soft_cap(s, s_at, s_step, n, scale, cap):
 
 
 @njit(error_model="numpy", cache=True)
-def add_bias(s, s_at, s_step, j, n, bias, rows, lane, space):
-    """s[r] += bias of key j + r and each lane's row, which begins rows[lane] bytes into `bias`; -inf hides whatever the score was."""
-    step, w = lanes(s), width(s)
+def add_bias(s, s_at, s_step, n, factor, rows, lane, x, same, space, top, top_at, raises):
+    """Row r of s = factor * s + element x + r of each lane's row of a bias, or with `same` element x; -inf hides whatever the score was.
+
+    rows[lane + l] is the address of the row of lane l, and `space` room for a vector.  With `raises`, top is raised to each row.
+    """
+    step, w, c = lanes(s), width(s), fill(s, factor)
     for first in range(0, w, step):
-        whole = n // step * step
+        whole = 0 if same else n // step * step
+        most = load(top, top_at + first)
         for r in range(0, whole, step):
-            transpose_in(bias, rows, lane + first, j + r, space, 0, step)
-            for c in range(step):
-                at = s_at + (r + c) * s_step + first
-                store(s, at, plus_unless_hidden(load(s, at), load(space, c * step)))
+            most = add_transposed(rows, lane + first, x + r, s, s_at + r * s_step + first, s_step, c, most)
+        if same:
+            gather(s, rows, lane + first, x, space)
         for r in range(whole, n):
-            gather(bias, rows, lane + first, j + r, space)
+            if not same:
+                gather(s, rows, lane + first, x + r, space)
             at = s_at + r * s_step + first
-            store(s, at, plus_unless_hidden(load(s, at), load(space, 0)))
+            y = fma_unless_hidden(load(s, at), c, load(space, 0))
+            store(s, at, y)
+            most = larger(most, y)
+        if raises:
+            store(top, top_at + first, most)
+
+
+@njit(error_model="numpy", cache=True)
+def read_mask(rows, lane, x, n, same, hidden):
+    """n elements from x on of each lane's row of booleans, or with `same` element x for all n: 0 if none is true, 2 if all are, 1 otherwise.
+
+    Only in the last case row r of `hidden` becomes 0 where a lane's element x + r is true and -inf where it is not.
+    """
+    step, w = lanes(hidden), width(hidden)
+    some, every = np.uint8(0), np.uint8(1)
+    for c in range(lane, lane + w):
+        place = rows[c] + x
+        for r in range(1 if same else n):
+            seen = byte_at(place + r)
+            some |= seen
+            every &= seen
+    if some == 0 or every == 1:
+        return 2 * every
+    whole = 0 if same else n // step * step
+    for first in range(0, w, step):
+        for r in range(0, whole, step):
+            transpose_hidden_in(rows, lane + first, x + r, hidden, r * w + first, w)
+    for r in range(whole, n):
+        for c in range(w):
+            hidden[r * w + c] = 0.0 if byte_at(rows[lane + c] + x + (0 if same else r)) else -np.inf
+    return 1
 
 
 @njit(error_model="numpy", cache=True)
@@ -254,9 +290,9 @@ def skipping_values(v, v_step, n, e, p, p_at, p_step, marks, mark, out, out_at, 
 
 @njit(error_model="numpy", cache=True)
 def slopes(s, s_at, s_step, n, cap, out, out_at):
-    """Slope of the soft-cap at scores that were capped already: 1 - (s / cap)**2."""
+    """Row r of out = slope of the soft-cap at scores that were capped already: 1 - (s / cap)**2; without a cap (0) it is 1."""
     step, w = lanes(s), width(s)
-    one, minus, inverse = fill(s, 1.0), fill(s, -1.0), div(fill(s, 1.0), fill(s, cap))
+    one, minus, inverse = fill(s, 1.0), fill(s, -1.0), fill(s, 1.0 / cap if cap > 0.0 else 0.0)
     for r in range(n):
         for c in range(0, w, step):
             t = mul(load(s, s_at + r * s_step + c), inverse)
@@ -264,22 +300,8 @@ def slopes(s, s_at, s_step, n, cap, out, out_at):
 
 
 @njit(error_model="numpy", cache=True)
-def score_gradients(s, dp, at, s_step, n, factor, lse, delta, lane):
-    """s = p = 2**(factor * (s - lse)) and dp = p * (dp - delta), lse in the units of s; 0 where p is 0, whatever dp is."""
-    step = lanes(s)
-    c = fill(s, factor)
-    for v in range(VECTORS):
-        most, less = load(lse, lane + v * step), load(delta, lane + v * step)
-        for r in range(n):
-            place = at + r * s_step + v * step
-            p = exp2(mul(sub(load(s, place), most), c))
-            store(s, place, p)
-            store(dp, place, times_unless_zero(p, sub(load(dp, place), less)))
-
-
-@njit(error_model="numpy", cache=True)
 def outer(s, s_at, s_step, first_row, n, rows, rows_step, m, out, out_at, out_step, e):
-    """Row j of out += sum over m rows r of s[j, r] * rows[r], for n rows j; rows are e channels long, padded to whole vectors."""
+    """Row j of out += sum over m rows r of s[j, r] * rows[first_row + r], for n rows j of e channels, all padded to whole vectors."""
     step = lanes(s)
     x = 0
     while x < e:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .kernels import kernel
 
-WAYS = ("forward", "decode", "backward")
+WAYS = ("forward", "decode", "rows", "backward")
 ELEMENTS = ("float32", "float64")
 
 
@@ -25,7 +25,7 @@ class Job:
 
     Attributes
     ----------
-    way : {"forward", "decode", "backward"}
+    way : {"forward", "decode", "rows", "backward"}
         Its module.
     element : {"float32", "float64"}
     parallel : bool
