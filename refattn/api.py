@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import backends, catalog, costs, definition, precision, problem
@@ -334,7 +335,10 @@ def cost(name: str, *, dtype: Any = "float32", **sizes_and_params: Any) -> Cost:
     """
     variant = catalog.variant(name)
     dims = {axis: sizes_and_params.pop(axis) for axis in variant.axes if axis in sizes_and_params}
-    return costs.cost(variant, *problem.bind_sizes(variant, dims, sizes_and_params), precision.as_dtype(dtype).itemsize)
+    bound, params = problem.bind_sizes(variant, dims, sizes_and_params)
+    itemsize = precision.as_dtype(dtype).itemsize
+    found = costs.cost(variant, bound, params, itemsize)
+    return replace(found, peak_memory={**found.peak_memory, **backends.allocated(variant, bound, params, itemsize)})
 
 
 # ---- judge -------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from .errors import BackendUnavailableError, ParameterError
 from .functions import Aux
 from .problem import Problem
 from .sequences import Paged
-from .spec import Variant
+from .spec import Dims, Variant
 
 if TYPE_CHECKING:
     from .derivatives import Gradients
@@ -73,6 +73,12 @@ def of(variant: Variant) -> tuple[str, ...]:
     """The backends that can run a variant, for some of its parameters at least."""
     plan = None if variant.plan is None else variant.plan(dict.fromkeys(variant.axes, 1), {p.name: p.default for p in variant.params})
     return ("definition",) if plan is None or engine.reason_against_plan(plan) else ("definition", "cpu")
+
+
+def allocated(variant: Variant, dims: Dims, params: Mapping[str, Any], itemsize: int) -> dict[str, int]:
+    """Bytes that a forward call allocates, by backends other than the definition."""
+    plan = None if variant.plan is None else variant.plan(dims, params)
+    return {} if plan is None or engine.reason_against_plan(plan) else {"cpu": engine.allocated(plan, dims, itemsize)}
 
 
 def _chosen(problem: Problem, backend: str, reason: Callable[[], str]) -> str:

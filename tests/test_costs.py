@@ -3,12 +3,15 @@
 import ast
 import inspect
 import textwrap
+import tracemalloc
 
 import numpy as np
 import pytest
 from catalogue import CALLS, GENERAL, SQUARE, VARIANTS, draw, problem_of
 
-from refattn import costs
+import refattn as ra
+from refattn import catalog, costs
+from refattn.precision import as_dtype
 from refattn.spec import shape
 
 #: No more queries than keys, so that no row is empty; sizes that differ, and one of everything.
@@ -120,3 +123,27 @@ def test_pairs_are_counted_as_the_definition_shows_them(causal, window):
         call = problem_of(softmax, draw(softmax, dims, optional=False), {"causal": causal, "window": window})
         scores = softmax.define(*call.arrays, *call.arguments)[3]
         assert costs.visible_pairs(softmax, call.dims, call.params) == np.count_nonzero(scores > -np.inf)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["softmax", "relu", "luong_dot"])
+def test_the_engine_allocates_more_for_longer_sequences_as_the_cost_says(name, dtype, monkeypatch):
+    """NumPy and Numba report to tracemalloc; what is not counted does not grow, but for tables of some bytes a row."""
+    variant = catalog.variant(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a second thread, which comes with more work, has room of its own
+
+    def allocated(n):
+        sizes = {"B": 2, "Hq": 4, "Hkv": 2, "T": n, "S": n + 100, "D": 24, "E": 40}
+        dims = {axis: sizes[axis] for axis in variant.axes}
+        operands = [o.draw(np.random.default_rng(0), shape(o.axes, dims)).astype(as_dtype(dtype)) for o in variant.operands if not o.optional]
+        ra.attend(name, *operands, backend="cpu")
+        tracemalloc.start()
+        try:
+            ra.attend(name, *operands, backend="cpu")
+            return tracemalloc.get_traced_memory()[1], ra.cost(name, dtype=dtype, **dims).peak_memory["cpu"]
+        finally:
+            tracemalloc.stop()
+
+    (long, said_long), (short, said_short) = allocated(3000), allocated(1000)
+    assert abs((long - short) - (said_long - said_short)) <= 64 * 2000 < (said_long - said_short) / 2

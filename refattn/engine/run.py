@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..problem import Problem, sequence_dims
-from ..spec import Plan
+from ..spec import Dims, Plan
 
 #: Positions travel as numbers of the operands' own format.
 LONGEST = {np.dtype(np.float32): 2**24, np.dtype(np.float64): 2**53}
@@ -73,9 +73,20 @@ def _reason_against_numbers(problem: Problem, plan: Plan) -> str:
             return "its numbers differ from sequence to sequence"
     limits = np.finfo(format_)
     for number in (plan.scale, plan.divisor, *(x for stage in plan.score_mods for x in stage.numbers)):
-        if number and not limits.smallest_normal <= abs(number) <= limits.max:
+        if number and not float(limits.smallest_normal) <= abs(number) <= float(limits.max):
             return f"{number:g} is beyond {format_}"
     return ""
+
+
+def allocated(plan: Plan, dims: Dims, itemsize: int) -> int:
+    """Bytes of arrays that a forward call allocates for operands of that itemsize: the output and each row's statistic, and the rounded output.
+
+    The threads' own room for a block and a tile is not counted: it does not grow with the sequences, but for the scores of some dozen rows where a
+    normaliser takes whole rows.
+    """
+    kernel, rows = max(itemsize, 4), dims.get("B", 1) * dims.get("Hq", 1) * dims["T"]
+    out, statistic, rounded = kernel * rows * dims["E"], kernel * rows, itemsize * rows * dims["E"] if itemsize < kernel else 0
+    return out + max(statistic, rounded)  # the one is gone when the other is made
 
 
 def run(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
