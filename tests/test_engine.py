@@ -8,12 +8,13 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from compositions import compositions
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import refattn as ra
 from refattn import backends, catalog, definition
-from refattn.engine.run import run
+from refattn.engine import threads
+from refattn.engine.run import format_of, run
 from refattn.oracle.profiles import resolve
 from refattn.oracle.tolerance import tolerances
 from refattn.problem import bind
@@ -39,10 +40,10 @@ def call_of(q, k, v, **keywords):
     return bind(SOFTMAX, (q, k, v), keywords, ("out", "lse"))
 
 
-def agrees(call, threads=1):
-    """Both outputs lie within the tolerance of the definition's; where that is not finite they are the same."""
-    truth, found = definition.run(call), run(call, threads)
-    allowed = tolerances(call, truth, resolve("flash", call.dtype))
+def agrees(call, n_threads=1):
+    """All outputs lie within the tolerance of the definition's, as kernels return them; where that is not finite they are the same."""
+    truth, found, kernel = definition.run(call), run(call, n_threads), format_of(call)
+    allowed = tolerances(call, truth, resolve("flash", kernel), dtypes=dict.fromkeys(call.returns, kernel))
     for name, x in found.items():
         finite = np.isfinite(truth[name])
         same(np.where(finite, 0, x), np.where(finite, 0, truth[name]), name)
@@ -102,45 +103,14 @@ def test_every_combination_of_options_gives_what_the_definition_gives(empty_rows
         agrees(call_of(q, k, v, **dict(zip(options, chosen, strict=True)), empty_rows=empty_rows))
 
 
-numbers = st.floats(-4, 4, width=16)
-
-
-@st.composite
-def compositions(draw):
-    """A call of any size with any options, some of its scores tied and some far apart."""
-    dtype = np.dtype(draw(st.sampled_from([np.float64, np.float32, np.float16, ml_dtypes.bfloat16])))
-    size = st.integers(0, 70)
-    dims = {"B": draw(st.integers(0, 2)), "Hkv": draw(st.integers(1, 2)), "T": draw(size), "S": draw(size)}
-    dims |= {"Hq": dims["Hkv"] * draw(st.sampled_from([1, 2, 3, 7])), "D": draw(st.integers(1, 40)), "E": draw(st.integers(1, 40))}
-    q, k, v = operands(dtype, draw(st.integers(0, 2**32)), **dims)
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    whole = tuple(dims[axis] for axis in ("B", "Hq", "T", "S"))
-
-    def broadcast(x):
-        kept = draw(st.lists(st.booleans(), min_size=4, max_size=4))
-        small = x[tuple(slice(None) if keep else slice(None, 1) for keep in kept)]
-        return small[(0,) * draw(st.integers(0, 4))] if small.size and not any(kept) else small
-
-    params = {
-        "causal": draw(st.sampled_from([False, True, "top_left"])),
-        "window": draw(st.none() | st.tuples(*[st.none() | st.integers(0, 80)] * 2)),
-        "scale": draw(st.none() | st.floats(-2, 2)),
-        "softcap": draw(st.none() | st.floats(0.1, 50)),
-        "empty_rows": draw(st.sampled_from(["zero", "nan", "uniform"])),
-    }
-    if draw(st.booleans()):
-        params["bias"] = broadcast(np.where(rng.random(whole) < 0.1, -np.inf, 10 * rng.standard_normal(whole)).astype(dtype))
-    if draw(st.booleans()):
-        params["mask"] = broadcast(rng.random(whole) < draw(st.floats(0, 1)))
-    if draw(st.booleans()):
-        params["sinks"] = np.array(draw(st.lists(numbers, min_size=dims["Hq"], max_size=dims["Hq"])), dtype)
-    return call_of(q, k, v, **params)
-
-
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(compositions())
 def test_random_compositions_give_what_the_definition_gives(call):
-    agrees(call)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threads, "PARALLEL_FROM", 0)
+        alone = agrees(call)
+        for name, x in run(call, 2).items():
+            same(x, alone[name])
 
 
 def test_another_variant_of_the_same_plan_runs_too():
@@ -292,8 +262,8 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, options):
     for sizes in ({"T": 200, "S": 300}, {"T": 1, "S": 9000}):
         call = call_of(*operands(dtype, Hq=6, Hkv=2, D=20, E=12, **sizes), **(params if sizes["S"] == 300 else {}))
         alone = run(call, 1)
-        for threads in (2, 3):
-            for name, x in run(call, threads).items():
+        for n_threads in (2, 3):
+            for name, x in run(call, n_threads).items():
                 same(x, alone[name])
 
 
@@ -358,9 +328,12 @@ def test_a_forked_child_computes_the_same_or_refuses_clearly(layer):
 
 def test_a_call_the_kernels_do_not_run_is_refused_with_its_reason():
     q, k, v = operands()
+    rows, sequences = [x[0].swapaxes(0, 1) for x in (q, k, v)], ra.Packed(np.array([0, 2, 5]), np.array([0, 3, 7]))
     for name, given_, keywords, reason in (
         ("softmax", (q, k, v), {"returns": "weights"}, "it does not return weights"),
-        ("sigmoid", (q, k, v), {}, "no kernel for sigmoid of dot scores"),
+        ("softmax", (q, k, v), {"scale": 1e39}, "1e[+]39 is beyond float32"),
+        ("softmax", rows, {"layout": sequences, "empty_rows": "uniform"}, "no kernel for the mean of a sequence's values"),
+        ("sigmoid", rows, {"layout": sequences}, "its numbers differ from sequence to sequence"),
         ("linear", (q, k, v), {}, "it has no plan"),
         ("luong_general", (q[:, 0], k[:, 0], v[:, 0], np.eye(3, dtype=np.float32)), {}, "no kernel for softmax of bilinear scores"),
     ):

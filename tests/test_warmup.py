@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 import refattn as ra
 from refattn import catalog, cli
-from refattn.engine import backward, decode, forward, run, warmup
+from refattn.engine import backward, decode, forward, rows, warmup
+from refattn.engine.threads import available_threads
 
 WARM = """
 from refattn.engine import warmup
@@ -71,7 +72,7 @@ def test_every_entry_point_is_a_job_once():
     """The plain functions of a kernel module are its entry points; everything else in it is compiled as a part of them."""
     found = [
         (module.__name__.rpartition(".")[2], name)
-        for module in (forward, decode, backward)
+        for module in (forward, decode, rows, backward)
         for name, x in inspect.getmembers(module, inspect.isfunction)
         if x.__module__ == module.__name__ and not hasattr(x, "py_func")
     ]
@@ -106,7 +107,7 @@ def test_as_many_threads_are_used_as_were_set(threads, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for n in (1, threads, np.int64(threads)):
         assert ra.set_num_threads(n) is None
-        assert run.available_threads() == n
+        assert available_threads() == n
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.0, True, "2", None, [1], 10**9])
