@@ -22,7 +22,7 @@ from numba import njit, prange
 from .panels import LOG2_E, NO, START, copy, cover, fold, hide, scores, skipping_values, values, width
 from .references import hold, lent
 from .simd import address, lanes, load, mul, store
-from .stored import PAD, SAME, bytes_of, decode_rows, find_keys, point_to
+from .stored import PAD, SAME, decode_rows, find_keys, point_to
 from .tasks import take
 from .tiles import (
     BLOCKS_BEFORE,
@@ -33,7 +33,6 @@ from .tiles import (
     Q_ROW,
     Inputs,
     block_range,
-    call_for,
     fill_lanes,
     find_block,
     load_panels,
@@ -116,9 +115,6 @@ def score_panel(inputs, how, b, space, p, state, start, ranges, s, s_at, plain):
     lane, q_at = p * w, p * how.d * w
     exact = plain and state == 2
     before, after = (whole_here - here) * w, (whole_there - here) * w
-    if inputs.bias.size and not how.same_bias:
-        size = bytes_of(how.bias_code, s)
-        call_for(at.bias, lane, w, here * size, n * size)
     scores(space.key_places, here - start, whole_here - start, space.queries, q_at, d, s, s_at, w, top, lane, NO)
     scores(space.key_places, whole_here - start, whole_there - start, space.queries, q_at, d, s, s_at + before, w, top, lane, exact)
     scores(space.key_places, whole_there - start, there - start, space.queries, q_at, d, s, s_at + after, w, top, lane, NO)

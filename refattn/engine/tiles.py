@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from .panels import START, add_bias, cover, read_mask, slopes, soft_cap, width
-from .simd import address, byte_at, lanes, load, mul, number_at, prefetch_at, put_at, store, transpose_in, transpose_out
+from .simd import address, byte_at, lanes, load, mul, number_at, put_at, store, transpose_in, transpose_out
 from .stages import call
 from .stored import PAD, SAME, bytes_of, decode_rows, point_to
 
@@ -260,14 +260,6 @@ def visible(inputs, how, b, g, group, at, lane, here, there, scratch):
                     if not byte_at(place):
                         scratch.hidden[r * w + c] = -np.inf
     return state
-
-
-@njit(error_model="numpy", cache=True)
-def call_for(rows, lane, w, begin, n_bytes):
-    """Ask memory for a part of each lane's row, so that it comes while there is something else to do."""
-    for c in range(lane, lane + w):
-        for x in range(begin, begin + n_bytes, 64):
-            prefetch_at(rows[c] + x)
 
 
 @njit(error_model="numpy", inline="always")
