@@ -60,7 +60,8 @@ def attend(
 
     Notes
     -----
-    Variants whose scores are scaled dot products (softmax, sigmoid, ...) take Python functions of one score, or ones compiled by Numba:
+    Variants whose scores are scaled dot products (softmax, sigmoid, ...) take Python functions of one score, or ones compiled by Numba, as functions
+    that these call have to be:
 
     ``score_mod(score, b, h, i, j, *aux)``
         The number that takes the place of a score, after scale and soft-cap, before bias, masks and normaliser.  -inf hides a key.
