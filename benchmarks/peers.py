@@ -23,6 +23,8 @@ from refattn.adapters import torch as torch_adapter
 
 from .cases import Functions, Work
 
+#: What torch.compile may compile C++ with.
+COMPILERS = ("g++", "c++", "clang++")
 #: Bytes of scores up to which a peer that keeps all of them is asked.
 SCORES = 2**30
 
@@ -235,7 +237,7 @@ def prepare_flex(work: Work) -> Prepared:
     import torch
     from torch.nn.attention import flex_attention as flex
 
-    if not any(map(shutil.which, ("g++", "c++", "clang++"))):
+    if not any(map(shutil.which, COMPILERS)):
         raise Declined("torch.compile needs a C++ compiler, and there is none here")
     if "bias" in work.operands and work.functions.score_mod is None:
         bias = torch_adapter.convert(work.operands["bias"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .problem import Problem
-from .spec import Dims, Variant, shape
+from .spec import Dims, Stage, Variant, shape
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,20 @@ def formula_names(variant: Variant, dims: Dims, params: Mapping[str, Any]) -> di
 
 def visible_pairs(variant: Variant, dims: Dims, params: Mapping[str, Any]) -> int:
     """Query-key pairs of one head that the variant's structural masks (not a mask operand) leave visible."""
-    queries = np.arange(dims["T"])
-    first, last = np.zeros_like(queries), np.full_like(queries, dims["S"])
-    for stage in variant.plan(dims, params).masks if variant.plan else ():
-        low, high = stage.piece.span(queries, dims["S"], *stage.numbers)
+    return visible_range(variant.plan(dims, params).masks if variant.plan else (), dims["T"], dims["S"])[2]
+
+
+@functools.lru_cache(maxsize=64)
+def visible_range(masks: tuple[Stage, ...], n_queries: int, n_keys: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """First key each query sees and the one after its last, as structural masks leave them, and how many pairs that are."""
+    queries = np.arange(n_queries)
+    first, last = np.zeros_like(queries), np.full_like(queries, n_keys)
+    for stage in masks:
+        low, high = stage.piece.span(queries, n_keys, *stage.numbers)
         first, last = np.maximum(first, low), np.minimum(last, high)
-    return int(np.maximum(last - first, 0).sum())
+    first = np.minimum(first, n_keys)  # a window may lie beyond the last key
+    last = np.maximum(last, first)
+    return first, last, int((last - first).sum())
 
 
 def _count(axes: str, dims: Dims) -> int:

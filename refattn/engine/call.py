@@ -9,11 +9,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ..costs import visible_range
 from ..errors import ParameterError
 from ..functions import Functions
 from ..problem import Problem, sequence_dims
 from ..sequences import Packed
-from ..spec import Stage
 from . import backward, decode, forward, rows, weights
 from .panels import VECTORS
 from .run import format_of, plans
@@ -123,7 +123,8 @@ class Call:
             self._launch(backward.backward, backward.backward_parallel, (*inputs, how, g, self._mean(), self.lse, d_lse, *results), 2.5 * self.work)
         found = {plan.query: d_q, plan.key: d_k, plan.value: d_v}
         if way != backward.NO_BIAS:
-            found[plan.bias] = _summed_to(d_bias[0] if len(d_bias) == 1 else d_bias.sum(axis=0, dtype=np.float64), given[plan.bias].shape)
+            summed = d_bias[0] if len(d_bias) == 1 else d_bias.sum(axis=0, dtype=np.float64)
+            found[plan.bias] = _summed_to(summed, _four_axes(given[plan.bias], self.problem.dims).shape)
         if plan.sinks in given:
             with np.errstate(invalid="ignore", over="ignore"):
                 share = np.exp(self.sinks[:, None] - self.lse)
@@ -254,19 +255,6 @@ class _Stages:
 
 
 @functools.lru_cache(maxsize=64)
-def visible_range(masks: tuple[Stage, ...], n_queries: int, n_keys: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """First key each query sees and the one after its last, as its structural masks leave them, and how many pairs that are."""
-    queries = np.arange(n_queries)
-    first, last = np.zeros_like(queries), np.full_like(queries, n_keys)
-    for stage in masks:
-        low, high = stage.piece.span(queries, n_keys, *stage.numbers)
-        first, last = np.maximum(first, low), np.minimum(last, high)
-    first = np.minimum(first, n_keys)  # a window may lie beyond the last key
-    last = np.maximum(last, first)
-    return first, last, int((last - first).sum())
-
-
-@functools.lru_cache(maxsize=64)
 def _dense(batch: int, n_queries: int, n_keys: int) -> tuple[np.ndarray, np.ndarray]:
     """The table of sequences where each is an entry of the batch, and their pages: one each."""
     table = np.zeros((batch + 1, 8), np.int64)
@@ -349,8 +337,7 @@ def _fill_empty(rule: str, out: np.ndarray, lse: np.ndarray, v: np.ndarray, sequ
 
 
 def _summed_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Sum over the axes along which an array of that shape was broadcast."""
-    lead = x.ndim - len(shape)
-    axes = (*range(lead), *(lead + n for n, size in enumerate(shape) if size != x.shape[lead + n]))
+    """Sum over the axes along which an array of that shape, of as many axes, was broadcast."""
+    axes = tuple(n for n, size in enumerate(shape) if size != x.shape[n])
     summed: np.ndarray = x.sum(axis=axes, dtype=np.float64) if axes else x
     return summed

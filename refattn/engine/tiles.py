@@ -95,13 +95,13 @@ class Lanes(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Room for a panel and a tile: decoded bias, what is hidden, slopes, a square."""
+    """Room for a panel and a tile: decoded bias, what is hidden, slopes, a vector."""
 
     bias: Any
     bias_rows: Any
     hidden: Any
     slopes: Any
-    square: Any
+    vector: Any
 
 
 @njit(error_model="numpy", cache=True)
@@ -121,7 +121,7 @@ def new_lanes(a, n):
 def new_scratch(a, tile):
     w = width(a)
     bias, bias_rows = np.empty(w * (tile + PAD), a.dtype), np.empty(w, np.int64)
-    return Scratch(bias, bias_rows, np.zeros(tile * w, a.dtype), np.empty(tile * w, a.dtype), np.empty(lanes(a) * lanes(a), a.dtype))
+    return Scratch(bias, bias_rows, np.zeros(tile * w, a.dtype), np.empty(tile * w, a.dtype), np.empty(lanes(a), a.dtype))
 
 
 @njit(error_model="numpy", cache=True)
@@ -297,7 +297,7 @@ def modify(inputs, how, b, at, lane, s, s_at, s_step, here, n, slope, mask_state
             decode_rows(scratch.bias_rows, w, how.bias_code, inputs.tables, 1 if how.same_bias else n, scratch.bias, length)
             point_to(scratch.bias, w, length, scratch.bias_rows)
             rows, first, x = scratch.bias_rows, START, START
-        add_bias(s, s_at, s_step, n, factor, rows, first, x, how.same_bias, scratch.square, top, lane, raises)
+        add_bias(s, s_at, s_step, n, factor, rows, first, x, how.same_bias, scratch.vector, top, lane, raises)
     if mask_state == 1:
         cover(s, s_at, s_step, n, scratch.hidden, START)
     return raises
