@@ -1,0 +1,1 @@
+"""Executable mistakes: the specification with one or more of its readings changed."""
