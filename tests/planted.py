@@ -394,6 +394,73 @@ def nan_without_keys(total, acc, v, n_k):
     return divided(total, acc, v, n_k) if n_k else np.full_like(acc, np.nan)
 
 
+def scale_folded_into_bfloat16(q, k, scale):
+    """Queries multiplied by the scale and stored before they meet the keys."""
+    return (q * F32(scale)).astype(ml_dtypes.bfloat16).astype(F32) @ np.swapaxes(k, -1, -2)
+
+
+def masks_added(s, scale, cap, bias, seen):
+    """Two masks of 0.7 times the least number, one for the bias and one for the rest, added: together they are beyond the format."""
+    far = F32(-0.7) * np.finfo(F32).max
+    s = finished(s, scale, cap, F32(0), True)
+    return s + np.where(np.isneginf(bias), far, bias) + np.where(seen, F32(0), far)
+
+
+def tile_at_the_edge_skipped(n_q, n_k, causal, window, width=8):
+    """Tiles of keys that a window enters in the middle are left out where the query has others."""
+    seen = visible(n_q, n_k, causal, window)
+    if window is None or window[0] is None:
+        return seen
+    kept = seen.copy()
+    for i in range(n_q):
+        keys_seen = np.flatnonzero(seen[i])
+        if keys_seen.size and keys_seen[0] % width and keys_seen[0] // width < keys_seen[-1] // width:
+            kept[i, : (keys_seen[0] // width + 1) * width] = False
+    return kept
+
+
+def odd_groups_rounded_down(n_q, n_k, causal, window):
+    """The last key of a query's range from a bound that is divided by the group size and multiplied again."""
+    seen = visible(n_q, n_k, causal, window)
+    if causal:
+        last = np.arange(n_q) + (0 if causal == "top_left" else n_k - n_q)
+        seen &= np.arange(n_k) < np.maximum(1, (last + 1) // 7 * 7)[:, None]
+    return seen
+
+
+def head_stride_of_queries(x, heads):
+    """The offset of a key-value head counted in widths of all query heads, as if there were as many of them: the memory runs out and wraps."""
+    kv_heads = x.shape[1]
+    group = heads // kv_heads
+    return np.stack([x[:, (h // group * group) % kv_heads] for h in range(heads)], axis=1)
+
+
+def sink_beside_the_maximum(top, total, acc, sink):
+    return top, total + np.exp(sink - top), acc
+
+
+def sink_for_every_tile(top, total, acc, sink):
+    """Every split of the keys counts the sink."""
+    return with_sink(top, total, acc, sink + F32(math.log(2)))
+
+
+def weights_through(dtype):
+    """Weights stored in a narrow format before they meet the values."""
+    return lambda top, total, acc, s, v, stored: online(top, total, acc, s, v, dtype)
+
+
+def padded_lanes_with_the_least_number(top, total, acc, s, v, stored, width=16):
+    """Lanes beyond the keys hold the least finite number instead of minus infinity."""
+    pad = -s.shape[-1] % width
+    s = np.concatenate([s, np.full((*s.shape[:-1], pad), np.finfo(F32).min)], -1)
+    v = np.concatenate([v, np.ones((*v.shape[:2], pad, v.shape[3]), v.dtype)], 2)
+    return online(top, total, acc, s, v, stored)
+
+
+def lse_of_another_head(top, total, scale):
+    return np.roll(log_sum_exp(top, total, scale), 1, axis=1)
+
+
 # ---- faults of calls in succession ------------------------------------------------------------------------------------------------
 
 
@@ -429,6 +496,7 @@ FAULTS: dict[str, Stages | Remembering] = {
     "S5 scale of an earlier call": Remembering("scale"),
     "S7 exp2 without log2(e)": right(update=powers_of_two),
     "S8 scale applied twice": right(factor=lambda scale, d, d_v, heads: factor(scale, d, d_v, heads) ** 2),
+    "S9 scale folded into queries in bfloat16": right(products=scale_folded_into_bfloat16),
     "S10 softmax over queries": right(update=softmax_along(2), tile=FAR),
     "S11 softmax over heads": right(update=softmax_along(1), tile=FAR),
     "S12 heads by reshape": right(read=each(heads_mixed_with_time)),
@@ -450,6 +518,7 @@ FAULTS: dict[str, Stages | Remembering] = {
     "M12 NaN on a row that sees nothing": right(divided=nan_where_empty),
     "M13 mean on a row that sees nothing": right(divided=mean_where_empty),
     "M15 -5e4 for minus infinity": right(lowest=-5e4),
+    "M17 two masks added": right(finished=masks_added, divided=lambda total, acc, v, n_k: acc / total),
     "M18 hidden first tile": right(update=unguarded, tile=4),
     "M19 tiny fill": right(finished=filled_with(-1e-12)),
     "M20 plus infinity": right(finished=filled_with(np.inf)),
@@ -461,8 +530,11 @@ FAULTS: dict[str, Stages | Remembering] = {
     "W2 right side open": right(visible=with_arguments(lambda causal, window: (causal, window and (window[0], None)))),
     "W3 sides exchanged": right(visible=with_arguments(lambda causal, window: (causal, window and (window[1], window[0])))),
     "W4 window at the top left": right(visible=window_at_the_top_left),
+    "W6 tile at the window's edge skipped": right(visible=tile_at_the_edge_skipped),
     "W9 window lost": right(visible=with_arguments(lambda causal, window: (causal, None))),
     "H1 heads tiled": right(group=tiled_heads),
+    "H2 causal bound in whole groups of seven": right(visible=odd_groups_rounded_down),
+    "H3 key-value heads at the stride of query heads": right(group=head_stride_of_queries),
     "H7 time repeated": right(group=time_repeated),
     "H8 strides ignored": right(read=each(as_if_contiguous)),
     "H11 value width from the keys": right(read=value_width_from_keys),
@@ -477,6 +549,8 @@ FAULTS: dict[str, Stages | Remembering] = {
     "X4 maximum starts at zero": right(lowest=0.0),
     "X5 neighbour's sum": right(update=neighbour_in_the_sum),
     "X6 sink as a number": right(sink=sink_as_number),
+    "X7 sink beside the maximum": right(sink=sink_beside_the_maximum),
+    "X8 sink counted by two splits": right(sink=sink_for_every_tile),
     "X9 sink dropped": right(sink=lambda top, total, acc, sink: (top, total, acc)),
     "X10 sink against base 2": right(sink=sink_against_base_two),
     "X11 sink by another head": right(sink=sink_of_head(lambda sink: np.roll(sink, 1, axis=0))),
@@ -485,7 +559,9 @@ FAULTS: dict[str, Stages | Remembering] = {
     "X13 scores times tanh": right(finished=capped_as(lambda s, cap, scale: s * np.tanh(s / cap))),
     "X13 no final multiplication": right(finished=capped_as(lambda s, cap, scale: np.tanh(s / cap))),
     "X14 cap on unscaled scores": right(finished=capped_as(lambda s, cap, scale: scale * cap * np.tanh(s / scale / cap))),
+    "X16 weights stored in float8": right(update=weights_through(ml_dtypes.float8_e4m3fn)),
     "T1 padding in the denominator": right(update=pads_in_the_sum),
+    "T3 padding at the least number": right(update=padded_lanes_with_the_least_number),
     "T4 last partial tile dropped": right(tiles=whole_tiles),
     "T4 first tile dropped": right(tiles=no_first_tile),
     "T5 number of queries for keys": right(tiles=extent_of_queries),
@@ -496,6 +572,7 @@ FAULTS: dict[str, Stages | Remembering] = {
     "L2 lse without maximum": right(lse=lambda top, total, scale: np.log(total)),
     "L2 lse without scale": right(lse=lambda top, total, scale: top / F32(scale) + np.log(total)),
     "L3 lse of zero for an empty row": right(lse=lambda top, total, scale: np.where(total > 0, log_sum_exp(top, total, scale), F32(0))),
+    "L4 lse of another head": right(lse=lse_of_another_head),
     "N1 scores summed in float16": right(products=summed_in(np.float16)),
     "N2 scores stored in float16": right(finished=scores_through(np.float16)),
     "N2 scores stored in bfloat16": right(finished=scores_through(ml_dtypes.bfloat16)),

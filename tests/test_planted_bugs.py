@@ -1,6 +1,7 @@
 """The judge lets the right kernels pass and none of the wrong ones, with the arithmetic it assumes of anybody."""
 
 import planted
+import planted_scope
 import planted_variants
 import pytest
 
@@ -26,6 +27,11 @@ def test_the_faults_are_many_and_every_variant_has_some():
     assert len(planted.FAULTS) >= 30
     assert set(VARIANTS) | {"softmax"} == set(ra.variants()), "a new variant needs a transcription and faults of its own"
     assert all(faults for _, _, faults in planted_variants.TRANSCRIPTIONS.values())
+
+
+def test_every_row_of_the_catalogue_of_faults_is_planted_or_says_why_not():
+    assert planted_scope.planted_rows() | set(planted_scope.NOT_PLANTED) == set(planted_scope.rows())
+    assert not planted_scope.planted_rows() & set(planted_scope.NOT_PLANTED)
 
 
 @pytest.mark.parametrize("tile", TILES)
