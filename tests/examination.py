@@ -70,7 +70,7 @@ def singles(dtype: str) -> Iterator[Answer]:
 
 def backward(dtype: str) -> Iterator[Answer]:
     for name, stages in planted_backward.FAULTS.items():
-        report = ra.check(planted.candidate(planted.RIGHT), dtype=dtype, gradients=planted_backward.backward(stages))
+        report = ra.check(planted_backward.candidate(stages, name), dtype=dtype)
         yield marked(name, [name.split()[0]], report)
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import planted
 
+from refattn.candidate import Candidate
+
 F32 = np.float32
 
 
@@ -116,7 +118,7 @@ class Stages:
 
 
 @np.errstate(all="ignore")  # exp(-inf) and log(0) are meant, and faults make infinities
-def gradients(stages, q, k, v, d_out, d_lse=None, bias=None, mask=None, sinks=None, scale=None, softcap=None, causal=False, window=None):
+def gradients(stages, q, k, v, d_out=None, d_lse=None, bias=None, mask=None, sinks=None, scale=None, softcap=None, causal=False, window=None):
     """d_q, d_k, d_v and, where they were given, d_bias and d_sinks, in the operands' format, by name."""
     stored = v.dtype
     out, lse = planted.attend(stages.forward, q, k, v, bias, mask, sinks, scale, softcap, causal, window)
@@ -130,7 +132,7 @@ def gradients(stages, q, k, v, d_out, d_lse=None, bias=None, mask=None, sinks=No
     added = np.broadcast_to(F32(0) if bias is None else bias.astype(F32), full)
     v = np.where(seen.any(axis=2)[..., None], v, F32(0))
     scale = planted.factor(scale, d, d_v, heads)
-    d_out = stages.cotangent(d_out)
+    d_out = np.zeros((*full[:3], d_v), F32) if d_out is None else stages.cotangent(d_out)
     lse, d_lse = lse[..., None], np.zeros((*full[:3], 1), F32) if d_lse is None else d_lse.astype(F32)[..., None]
     delta = stages.delta(d_out, out.astype(F32))
 
@@ -288,6 +290,10 @@ FAULTS: dict[str, Stages] = {
 }  # fmt: skip
 
 
-def backward(stages: Stages) -> Callable:
-    """What `refattn.check` takes as ``gradients``."""
-    return lambda q, k, v, **keywords: gradients(stages, q, k, v, **keywords)
+def candidate(stages: Stages, name: str = "planted backward") -> Candidate:
+    """The right forward kernel with this backward pass, as the judge takes it; lse may have a cotangent too."""
+
+    def backward(operands, params, cotangents):
+        return gradients(stages, **operands, **params, **{f"d_{name}": x for name, x in cotangents.items()})
+
+    return replace(planted.candidate(stages.forward, name), gradients=backward, cotangents=("out", "lse"))
