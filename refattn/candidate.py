@@ -34,6 +34,11 @@ class Candidate:
     variant : str
     words : bool
         Whether it understands parameter values that are words of ours, such as ``causal="top_left"``.
+    gradients : callable, optional
+        ``gradients(operands, params, cotangents)``: its backward pass, for cotangents by output name, BHTD.  Returns gradients by name
+        (``d_q``, ``d_k``, ...) as a mapping or named tuple, each in its operand's shape, or all of the given real operands' in order.
+    cotangents : tuple of str
+        Outputs that `gradients` takes cotangents of.
     """
 
     name: str
@@ -45,3 +50,5 @@ class Candidate:
     profile: str = ""
     variant: str = "softmax"
     words: bool = True
+    gradients: Callable[[Mapping[str, np.ndarray], Mapping[str, Any], Mapping[str, np.ndarray]], Any] | None = None
+    cotangents: tuple[str, ...] = ("out",)

@@ -91,6 +91,12 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray]) -> Gradien
     return Gradients(MappingProxyType(values), MappingProxyType(errors))
 
 
+def work(problem: Problem) -> float:
+    """Floating-point operations that `gradients` takes, about."""
+    elements = sum(problem.given[o.name].size for o in problem.variant.operands if o.kind == "real" and o.name in problem.given)
+    return float(USUAL_EVALUATIONS * elements * flops(problem))
+
+
 def _each_sequence(problem: Problem, cotangents: Mapping[str, np.ndarray], names: list[str]) -> Gradients:
     """Gradients of packed sequences: of q, k and v where each lies, of operands they share the sum."""
     places = problem.sequences

@@ -12,6 +12,7 @@ Each file holds
     DTYPES     element types the system computes in
     load()     -> Candidate
     convert(x) -> the framework's own array of a NumPy array
+    vjp(function, leaves, cotangents) -> gradients, where the framework differentiates
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 
 from ..candidate import Candidate, Inexpressible
 from ..catalog import unknown
-from ..errors import BackendUnavailableError, UnknownVariantError
+from ..errors import BackendUnavailableError, CandidateError, UnknownVariantError
 
 #: The softmax variant's operands, and its parameters but `empty_rows`, which is how a system behaves.  A candidate takes these less CANNOT.
 OPERANDS = frozenset({"q", "k", "v", "bias", "mask", "sinks"})
@@ -83,6 +84,31 @@ def converter(framework: str) -> Callable[[np.ndarray], Any]:
     """
     convert: Callable[[np.ndarray], Any] = _module(framework).convert
     return convert
+
+
+def differentiator(framework: str) -> Callable[..., Mapping[str, Any]]:
+    """A framework's reverse mode, for candidates that are to be differentiated by it.
+
+    Parameters
+    ----------
+    framework : str
+        One of `names`.
+
+    Returns
+    -------
+    callable
+        ``vjp(function, leaves, cotangents)``: `function` takes the framework's arrays of the NumPy arrays `leaves` by name and returns its
+        outputs by name; gradients for `cotangents`, NumPy arrays by output, come back under ``"d_"`` and the name of a leaf.
+
+    Raises
+    ------
+    UnknownVariantError, BackendUnavailableError, CandidateError
+    """
+    module = _module(framework)
+    if not hasattr(module, "vjp"):
+        raise CandidateError(f"{framework} differentiates nothing; pass the backward pass itself as gradients, or framework='torch' or 'jax'")
+    vjp: Callable[..., Mapping[str, Any]] = module.vjp
+    return vjp
 
 
 def refuse(module: ModuleType | Any, operands: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,13 @@ def load() -> Candidate:
     import jax
 
     return Candidate(
-        f"jax {jax.__version__} nn.dot_product_attention", _call, OPERANDS - CANNOT.keys(), PARAMS - CANNOT.keys(), fixed={"empty_rows": "uniform"}
+        f"jax {jax.__version__} nn.dot_product_attention",
+        _call,
+        OPERANDS - CANNOT.keys(),
+        PARAMS - CANNOT.keys(),
+        fixed={"empty_rows": "uniform"},
+        profile="jax-xla",
+        gradients=_gradients,
     )
 
 
@@ -59,9 +65,41 @@ def _wide() -> Any:
     return enable_x64()
 
 
-def _call(operands: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> Any:
+def vjp(function: Callable[[Mapping[str, Any]], Mapping[str, Any]], leaves: Mapping[str, np.ndarray], cotangents: Mapping[str, np.ndarray]) -> Any:
+    """Gradients by ``jax.vjp``."""
     import jax
 
+    _, pull = jax.vjp(lambda arrays: {name: function(arrays)[name] for name in cotangents}, {name: convert(x) for name, x in leaves.items()})
+    (found,) = pull({name: convert(x) for name, x in cotangents.items()})
+    return {"d_" + name: x for name, x in found.items()}
+
+
+def _call(operands: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> Any:
+    window = _window(operands, params)
+    return _attention({name: convert(x) for name, x in operands.items()}, params, window)
+
+
+def _gradients(operands: Mapping[str, np.ndarray], params: Mapping[str, Any], cotangents: Mapping[str, np.ndarray]) -> Any:
+    window = _window(operands, params)
+    fixed = {name: convert(x) for name, x in operands.items() if x.dtype == np.bool_}
+    leaves = {name: x for name, x in operands.items() if name not in fixed}
+    return vjp(lambda arrays: {"out": _attention({**arrays, **fixed}, params, window)}, leaves, cotangents)
+
+
+def _attention(arrays: Mapping[str, Any], params: Mapping[str, Any], window: Any) -> Any:
+    import jax
+
+    q, k, v = (arrays[name].swapaxes(1, 2) for name in ("q", "k", "v"))
+    bias, mask = arrays.get("bias"), arrays.get("mask")
+    causal = bool(params.get("causal", False))
+    out = jax.nn.dot_product_attention(
+        q, k, v, bias, mask, scale=params.get("scale"), is_causal=causal, local_window_size=window, implementation="xla"
+    )
+    return out.swapaxes(1, 2)
+
+
+def _window(operands: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> tuple[int, int] | None:
+    """What to pass as ``local_window_size``; refuses what cannot be said."""
     refuse(sys.modules[__name__], operands, params)
     n_q, n_k = operands["q"].shape[2], operands["k"].shape[2]
     causal, window = params.get("causal", False), params.get("window")
@@ -70,14 +108,10 @@ def _call(operands: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> Any:
     if n_q != n_k and (causal is True or (window is not None and causal != "top_left")):
         raise Inexpressible("causal and window are aligned top-left only")
     if window is not None:
-        window = tuple(n_q + n_k if side is None else side for side in window)
+        left, right = (n_q + n_k if side is None else side for side in window)
+        window = left, right
     _refuse_rows_emptied_by_bias(operands, causal, window)
-    q, k, v = (convert(np.swapaxes(operands[name], 1, 2)) for name in ("q", "k", "v"))
-    bias, mask = (None if operands.get(name) is None else convert(operands[name]) for name in ("bias", "mask"))
-    out = jax.nn.dot_product_attention(
-        q, k, v, bias, mask, scale=params.get("scale"), is_causal=bool(causal), local_window_size=window, implementation="xla"
-    )
-    return out.swapaxes(1, 2)
+    return window
 
 
 def _refuse_rows_emptied_by_bias(operands: Mapping[str, np.ndarray], causal: Any, window: Any) -> None:

@@ -1,4 +1,4 @@
-"""PyTorch's ``torch.nn.functional.scaled_dot_product_attention`` on the CPU, forward only.
+"""PyTorch's ``torch.nn.functional.scaled_dot_product_attention`` on the CPU, and its gradients.
 
 Meaning: ``is_causal=True`` is aligned top-left, ``torch.nn.attention.bias.causal_lower_right`` bottom-right; a boolean ``attn_mask`` is True
 where a query may attend, a floating one is added to the scaled scores; ``scale=None`` is 1/sqrt(D); query head h reads key-value head
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -38,7 +38,8 @@ def load() -> Candidate:
     """Scaled dot-product attention of the installed PyTorch as a candidate."""
     import torch
 
-    return Candidate(f"torch {torch.__version__} scaled_dot_product_attention", _call, OPERANDS - CANNOT.keys(), PARAMS - CANNOT.keys())
+    name = f"torch {torch.__version__} scaled_dot_product_attention"
+    return Candidate(name, _call, OPERANDS - CANNOT.keys(), PARAMS - CANNOT.keys(), profile="torch-cpu-flash", gradients=_gradients)
 
 
 def convert(x: np.ndarray) -> Any:
@@ -78,21 +79,43 @@ def _writable_twin(x: np.ndarray) -> np.ndarray:
     return twin
 
 
+def vjp(function: Callable[[Mapping[str, Any]], Mapping[str, Any]], leaves: Mapping[str, np.ndarray], cotangents: Mapping[str, np.ndarray]) -> Any:
+    """Gradients by autograd; one that does not depend on a leaf is zero."""
+    import torch
+
+    tensors = {name: convert(x).requires_grad_() for name, x in leaves.items()}
+    outputs = function(tensors)
+    asked = [outputs[name] for name in cotangents]
+    grads = torch.autograd.grad(asked, list(tensors.values()), [convert(x) for x in cotangents.values()], materialize_grads=True)
+    return {"d_" + name: x for name, x in zip(tensors, grads, strict=True)}
+
+
 def _call(operands: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> Any:
+    refuse(sys.modules[__name__], operands, params)
+    return _attention({name: convert(x) for name, x in operands.items()}, params)
+
+
+def _gradients(operands: Mapping[str, np.ndarray], params: Mapping[str, Any], cotangents: Mapping[str, np.ndarray]) -> Any:
+    refuse(sys.modules[__name__], operands, params)
+    fixed = {name: convert(x) for name, x in operands.items() if x.dtype == np.bool_}
+    leaves = {name: x for name, x in operands.items() if name not in fixed}
+    return vjp(lambda tensors: {"out": _attention({**tensors, **fixed}, params)}, leaves, cotangents)
+
+
+def _attention(tensors: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
     from torch.nn.functional import scaled_dot_product_attention
 
-    refuse(sys.modules[__name__], operands, params)
-    q, k, v = (convert(operands[name]) for name in ("q", "k", "v"))
-    mask, is_causal = _attn_mask(operands, params.get("causal", False), q.shape[2], k.shape[2])
+    q, k, v = (tensors[name] for name in ("q", "k", "v"))
+    mask, is_causal = _attn_mask(tensors, params.get("causal", False), q.shape[2], k.shape[2])
     grouped = q.shape[1] != k.shape[1]
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=params.get("scale"), enable_gqa=grouped)
 
 
-def _attn_mask(operands: Mapping[str, np.ndarray], causal: Any, n_q: int, n_k: int) -> tuple[Any, bool]:
+def _attn_mask(tensors: Mapping[str, Any], causal: Any, n_q: int, n_k: int) -> tuple[Any, bool]:
     """What to pass as ``attn_mask`` and ``is_causal``."""
     import torch
 
-    bias, allowed = (_four_axes(operands.get(name)) for name in ("bias", "mask"))
+    bias, allowed = (_four_axes(tensors.get(name)) for name in ("bias", "mask"))
     top_left = causal == "top_left" or (causal and n_q == n_k)
     if bias is None and allowed is None:
         return (_lower_right(n_q, n_k) if causal and not top_left else None), bool(top_left)
@@ -104,9 +127,9 @@ def _attn_mask(operands: Mapping[str, np.ndarray], causal: Any, n_q: int, n_k: i
     return torch.where(allowed, bias, -torch.inf), False
 
 
-def _four_axes(x: np.ndarray | None) -> Any:
+def _four_axes(x: Any) -> Any:
     """An attn_mask must have at least the last two axes."""
-    return None if x is None else convert(np.expand_dims(x, tuple(range(4 - x.ndim))))
+    return None if x is None else x[(None,) * (4 - x.ndim)]
 
 
 def _lower_right(n_q: int, n_k: int) -> Any:

@@ -7,14 +7,15 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import adapters
-from ..candidate import Candidate
+from ..candidate import Candidate, Inexpressible
 from ..errors import CandidateError
 from ..spec import Variant
 
@@ -25,6 +26,7 @@ def candidate(
     framework: str | None = None,
     rename: Mapping[str, str] | None = None,
     returns: str | Sequence[str] | None = None,
+    gradients: Any = None,
 ) -> Candidate:
     """The implementation `target` stands for.
 
@@ -40,6 +42,8 @@ def candidate(
         Its own names of operands and parameters: ``{"causal": "is_causal"}``.
     returns : str or sequence of str, optional
         What it returns, in order; ``"out"`` unless said.
+    gradients : callable, str or bool, optional
+        Its backward pass, or where that is; True differentiates the candidate by its framework.
 
     Raises
     ------
@@ -52,7 +56,7 @@ def candidate(
         for option, value in (("framework", framework), ("rename", rename), ("returns", returns)):
             if value:
                 raise CandidateError(f"{ready.name} says itself what it takes and returns; {option}={value!r} is for functions")
-        return ready
+        return _asked_for_gradients(ready, gradients, isinstance(target, str))
     if isinstance(target, str):
         function, name = _located(target), target
     else:
@@ -60,7 +64,7 @@ def candidate(
     if not callable(function):
         raise CandidateError(f"{name} is a {type(function).__name__}; it must be callable")
     outputs = ("out",) if returns is None else (returns,) if isinstance(returns, str) else tuple(returns)
-    known = [o.name for o in variant.operands] + [p.name for p in variant.params]
+    known = [o.name for o in variant.operands] + [p.name for p in variant.params] + ["d_" + o.name for o in variant.outputs]
     renamed = dict(rename) if isinstance(rename, Mapping) else {} if rename is None else {repr(rename): ""}
     strange = [n for n in renamed if n not in known]
     if strange:
@@ -68,7 +72,15 @@ def candidate(
     unknown = [o for o in outputs if o not in [x.name for x in variant.outputs]]
     if unknown:
         raise CandidateError(f"{name} is said to return {unknown[0]!r}; {variant.name} returns {', '.join(o.name for o in variant.outputs)}")
-    return _wrapped(function, name, variant, framework, renamed, outputs)
+    found = _wrapped(function, name, variant, framework, renamed, outputs)
+    if gradients is None or gradients is False:
+        return found
+    if gradients is True:
+        return _differentiated(found, function, variant, framework, renamed)
+    backward = _located(gradients) if isinstance(gradients, str) else gradients
+    if not callable(backward):
+        raise CandidateError(f"{name}: gradients is a {type(backward).__name__}; it must be callable, or True")
+    return _with_backward(found, backward, variant, framework, renamed)
 
 
 def _wrapped(function: Any, name: str, variant: Variant, framework: str | None, rename: Mapping[str, str], returns: tuple[str, ...]) -> Candidate:
@@ -79,25 +91,92 @@ def _wrapped(function: Any, name: str, variant: Variant, framework: str | None, 
     worth_asking = {*optional, *rename, *(p.name for p in variant.params if p.tries)}  # all that is said to whoever takes any keyword
     known = [*optional, *(p.name for p in variant.params)]
     taken = {n for n in known if rename.get(n, n) in named or (anything and n in worth_asking)}
-    lost = [n for n in rename if n not in taken and n not in required]
+    lost = [n for n in rename if n not in taken and n not in required and n in known]
     if lost:
         raise CandidateError(f"{name} takes no {rename[lost[0]]!r}, which rename says it calls {lost[0]}")
-    declared = {p.name: p for p in variant.params}
 
     def call(operands: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> Any:
-        positional = [convert(operands[n]) for n in required]
-        keywords = {rename.get(n, n): convert(operands[n]) for n in optional if n in operands}
-        keywords |= {spelled: None for spelled in (rename.get(n, n) for n in optional if n not in operands) if spelled in needs}
-        for n, value in params.items():
-            spelled = rename.get(n, n)
-            if value is not None:
-                keywords[spelled] = value
-            elif spelled in needs:  # it has no default of its own, so a number that follows from the sizes is worked out for it
-                keywords[spelled] = declared[n].encode(None, _dims(variant, operands)) if callable(declared[n].absent) else None
+        positional, keywords = _arguments(variant, operands, params, convert, rename, needs)
         return function(*positional, **keywords)
 
     operands, params = frozenset([*required, *taken & set(optional)]), frozenset(taken - set(optional))
     return Candidate(name, call, operands, params, returns, variant=variant.name, words=False)
+
+
+def _arguments(
+    variant: Variant,
+    operands: Mapping[str, np.ndarray],
+    params: Mapping[str, Any],
+    convert: Callable[[np.ndarray], Any],
+    rename: Mapping[str, str],
+    needs: Set[str],
+) -> tuple[list[Any], dict[str, Any]]:
+    """What a function is given: required operands by position, the rest by its own names; None only where it has no default."""
+    optional = [o.name for o in variant.operands if o.optional]
+    positional = [convert(operands[o.name]) for o in variant.operands if not o.optional]
+    keywords: dict[str, Any] = {rename.get(n, n): convert(operands[n]) for n in optional if n in operands}
+    keywords |= {spelled: None for spelled in (rename.get(n, n) for n in optional if n not in operands) if spelled in needs}
+    declared = {p.name: p for p in variant.params}
+    for n, value in params.items():
+        spelled = rename.get(n, n)
+        if value is not None:
+            keywords[spelled] = value
+        elif spelled in needs:  # it has no default of its own, so a number that follows from the sizes is worked out for it
+            keywords[spelled] = declared[n].encode(None, _dims(variant, operands)) if callable(declared[n].absent) else None
+    return positional, keywords
+
+
+# ---- backward passes ---------------------------------------------------------------------------------------------------------------
+
+
+def _asked_for_gradients(ready: Candidate, gradients: Any, adapter: bool) -> Candidate:
+    """A ready candidate with its own backward pass, or without: an adapter's is asked only when that is wanted."""
+    if gradients is None or gradients is False:
+        return replace(ready, gradients=None) if adapter else ready
+    if gradients is not True:
+        raise CandidateError(f"{ready.name} says itself what its gradients are; gradients={gradients!r} is for functions")
+    if ready.gradients is None:
+        raise CandidateError(f"{ready.name} has no gradients that could be asked for")
+    return ready
+
+
+def _with_backward(found: Candidate, backward: Any, variant: Variant, framework: str | None, rename: Mapping[str, str]) -> Candidate:
+    """A candidate whose backward pass is a function of its own: it takes what the candidate takes, as far as it names it, and cotangents."""
+    convert = adapters.converter(framework or "numpy")
+    named, needs, anything = _keywords(backward, sum(not o.optional for o in variant.operands))
+    cotangents = tuple(o.name for o in variant.outputs if rename.get("d_" + o.name, "d_" + o.name) in named)
+    cotangents = cotangents or (("out",) if anything else ())
+    if not cotangents:
+        raise CandidateError(f"{_name(backward)} takes no {rename.get('d_out', 'd_out')}, the cotangent it is to be given")
+    optional = {o.name for o in variant.operands if o.optional}
+
+    def gradients(operands: Mapping[str, np.ndarray], params: Mapping[str, Any], given: Mapping[str, np.ndarray]) -> Any:
+        told = {n: value for n, value in params.items() if rename.get(n, n) in named or anything}
+        for n, value in {**params, **{n: x for n, x in operands.items() if n in optional}}.items():
+            if not (rename.get(n, n) in named or anything) and (n in optional or value != variant.param(n).default):
+                raise Inexpressible(f"{_name(backward)} takes no {n}")
+        positional, keywords = _arguments(variant, operands, told, convert, rename, needs - {rename.get("d_" + n, "d_" + n) for n in given})
+        return backward(*positional, **keywords, **{rename.get("d_" + n, "d_" + n): convert(x) for n, x in given.items()})
+
+    return replace(found, gradients=gradients, cotangents=cotangents)
+
+
+def _differentiated(found: Candidate, function: Any, variant: Variant, framework: str | None, rename: Mapping[str, str]) -> Candidate:
+    """A candidate that its framework differentiates."""
+    convert, vjp = adapters.converter(framework or "numpy"), adapters.differentiator(framework or "numpy")
+    _, needs, _ = _keywords(function, sum(not o.optional for o in variant.operands))
+    real = {o.name for o in variant.operands if o.kind == "real"}
+
+    def gradients(operands: Mapping[str, np.ndarray], params: Mapping[str, Any], given: Mapping[str, np.ndarray]) -> Any:
+        def forward(leaves: Mapping[str, Any]) -> dict[str, Any]:
+            made = {n: leaves[n] if n in leaves else convert(x) for n, x in operands.items()}
+            positional, keywords = _arguments(variant, made, params, lambda x: x, rename, needs)
+            answer = function(*positional, **keywords)
+            return dict(zip(found.returns, answer if isinstance(answer, tuple | list) else (answer,), strict=True))
+
+        return vjp(forward, {n: x for n, x in operands.items() if n in real}, given)
+
+    return replace(found, gradients=gradients, cotangents=tuple(n for n in ("out", "lse") if n in found.returns) or found.returns[:1])
 
 
 def _dims(variant: Variant, operands: Mapping[str, np.ndarray]) -> dict[str, int]:

@@ -9,9 +9,11 @@ import numpy as np
 from .. import definition, precision
 from ..problem import Problem, output_dtype, split
 from .bounds import spread
-from .bounds.perturbed import perturbed
+from .bounds.backward import Backward, applies
+from .bounds.perturbed import perturbed, perturbed_gradients
 from .bounds.products import products
 from .bounds.scored import Scored
+from .gradients import Backpropagated, joined, sequences
 from .profiles import Profile
 
 #: Chance that a correct implementation is refused in one call.
@@ -24,8 +26,9 @@ def tolerances(
     profile: Profile,
     alpha: float = ALPHA,
     dtypes: Mapping[str, np.dtype] | None = None,
+    backward: Backpropagated | None = None,
 ) -> dict[str, np.ndarray]:
-    """Largest error of a correct answer, for every output the problem returns.
+    """Largest error of a correct answer, for every output the problem returns, and every gradient.
 
     Parameters
     ----------
@@ -37,35 +40,69 @@ def tolerances(
         Chance of a false alarm in this call.
     dtypes : mapping, optional
         What each output is stored in; what the caller's dtype implies unless said.
+    backward : Backpropagated, optional
+        Gradients that were asked for too; each is stored in the dtype of its operand unless said.
 
     Returns
     -------
     dict of str to ndarray
-        float64, in the shape of each output (BHTD), positive everywhere.
+        float64, in the shape of each output (BHTD) or operand, positive everywhere.
     """
-    lam = spread(sum(truth[name].size for name in problem.returns), alpha)
-    return _with_spread(problem, truth, profile, lam, {name: (dtypes or {}).get(name, output_dtype(problem, name)) for name in problem.returns})
+    gradients = backward.values if backward is not None else {}
+    lam = spread(sum(truth[name].size for name in problem.returns) + sum(x.size for x in gradients.values()), alpha)
+    stored = {name: output_dtype(problem, name) for name in problem.returns} | {name: problem.given[name[2:]].dtype for name in gradients}
+    return _with_spread(problem, truth, profile, lam, {**stored, **(dtypes or {})}, backward)
 
 
 def _with_spread(
-    problem: Problem, truth: Mapping[str, np.ndarray], profile: Profile, lam: float, stored: Mapping[str, np.dtype]
+    problem: Problem,
+    truth: Mapping[str, np.ndarray],
+    profile: Profile,
+    lam: float,
+    stored: Mapping[str, np.dtype],
+    backward: Backpropagated | None = None,
 ) -> dict[str, np.ndarray]:
     if problem.sequences is not None:  # what is returned of them says too little of how it came about
         parts = ((rows, _with_spread(one, definition.run(one), profile, lam, stored)) for one, rows in split(problem))
-        return definition.joined(problem, parts)
+        found = definition.joined(problem, parts)
+        if backward is not None:
+            gradients = (
+                ({name: x for name, x in _with_spread(one, definition.run(one), profile, lam, stored, part).items() if name in part.values}, where)
+                for one, part, where in sequences(problem, backward.cotangents)
+            )
+            found |= joined(problem, gradients)
+        return found
+    exact = {name: truth[name] for name in problem.returns} | dict(backward.values if backward is not None else {})
     with np.errstate(all="ignore"):  # a bound that overflows is infinite, and a hidden NaN is left out below
-        bounds = _bounds(problem, truth, profile, lam)
-    own = 2.0 if profile.accumulate <= np.finfo(np.float64).eps else 1.0  # against a float64 answer, ours is no more exact than theirs
-    return {name: _stored(own * bounds[name].reshape(truth[name].shape), truth[name], stored[name]) for name in problem.returns}
+        bounds = _bounds(problem, truth, profile, lam, backward)
+    own = 1.0 + 2.0**-53 / profile.accumulate  # our answer is float64's, with the errors of that
+    lost = sum(problem.dims.values()) * _smallest(profile.accumulate)  # no sum has more products
+    return {name: _stored(own * (bounds[name].reshape(x.shape) + lost), x, stored[name]) for name, x in exact.items()}
 
 
-def _bounds(problem: Problem, truth: Mapping[str, np.ndarray], profile: Profile, lam: float) -> Mapping[str, np.ndarray]:
+def _smallest(unit: float) -> float:
+    """Smallest positive number of the format of that unit roundoff: a product below it is off by up to half as much, whatever its size."""
+    return float(np.finfo(np.float64 if unit <= np.finfo(np.float64).eps else np.float32).smallest_subnormal)
+
+
+def _bounds(
+    problem: Problem, truth: Mapping[str, np.ndarray], profile: Profile, lam: float, backward: Backpropagated | None
+) -> Mapping[str, np.ndarray]:
     """Error before the result is rounded into its format, by the sharpest analysis there is."""
     variant = problem.variant
-    if variant.plan is not None:
-        return Scored(problem, truth, variant.plan(problem.dims, problem.params), profile, lam).bounds()
-    analysis = products if variant.family in ("feature", "state") else perturbed
-    return analysis(problem, dict(truth), profile, lam)
+    found: Mapping[str, np.ndarray]
+    if problem.plan is not None:
+        scored = Scored(problem, truth, problem.plan, profile, lam)
+        found = scored.bounds()
+        if backward is not None and applies(problem, backward.cotangents):
+            return {**found, **Backward(scored, backward.cotangents).bounds()}
+    else:
+        analysis = products if variant.family in ("feature", "state") else perturbed
+        found = analysis(problem, dict(truth), profile, lam)
+    if backward is None:
+        return found
+    moved = perturbed_gradients(problem, backward.cotangents, backward.values, profile, lam)
+    return {**found, **{name: moved[name] + backward.errors[name] for name in moved}}
 
 
 def _stored(bound: np.ndarray, exact: np.ndarray, dtype: np.dtype) -> np.ndarray:

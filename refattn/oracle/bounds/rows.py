@@ -16,7 +16,8 @@ class RowSums(NamedTuple):
     """Per query and channel, arrays of shape (B, Hq, T, E).  d is v - out where errors are shared by numerator and denominator, v elsewhere.
 
     worst: sum of worst |d|; likely: sum of (likely d)^2; common: sum of common |d|; magnitude: sum of p |v|; square: sum of (p v)^2;
-    plain: sum of |v|; low, high: smallest and largest visible v; out: sum of p v.
+    plain: sum of |v|; low, high: smallest and largest visible v; out: sum of p v; peak: the largest |sum of p v| over the first keys, however
+    many.
     """
 
     worst: np.ndarray
@@ -28,12 +29,18 @@ class RowSums(NamedTuple):
     low: np.ndarray
     high: np.ndarray
     out: np.ndarray
+    peak: np.ndarray
+
+    @property
+    def partial(self) -> np.ndarray:
+        """How large the sums may be that are rounded on the way to `out`, but for unlikely orders."""
+        return np.maximum(np.maximum(np.abs(self.out), self.peak), np.sqrt(self.square))
 
 
 def row_sums(
     weights: np.ndarray, visible: np.ndarray, worst: np.ndarray, likely: np.ndarray, common: np.ndarray, v: np.ndarray, centred: bool
 ) -> RowSums:
-    """Weights and their absolute errors of shape (B, Hq, T, S), values (B, Hkv, S, E)."""
+    """Weights, of either sign, and their absolute errors of shape (B, Hq, T, S), values (B, Hkv, S, E)."""
     return RowSums(*_row_sums(weights, visible, worst, likely, common, np.ascontiguousarray(v), centred))
 
 
@@ -43,7 +50,8 @@ def _row_sums(weights, visible, worst, likely, common, v, centred):  # type: ign
     kv_heads, d_v = v.shape[1], v.shape[3]
     shape = (batch, heads, n_q, d_v)
     s_worst, s_likely, s_common = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    magnitude, square, plain, out = np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    magnitude, square, plain = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    out, peak = np.zeros(shape), np.zeros(shape)
     low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
     for b in range(batch):
         for h in range(heads):
@@ -55,7 +63,8 @@ def _row_sums(weights, visible, worst, likely, common, v, centred):  # type: ign
                         for y in range(d_v):
                             value = v[b, g, j, y]
                             out[b, h, i, y] += p * value
-                            magnitude[b, h, i, y] += p * abs(value)
+                            peak[b, h, i, y] = max(peak[b, h, i, y], abs(out[b, h, i, y]))
+                            magnitude[b, h, i, y] += abs(p * value)
                             square[b, h, i, y] += (p * value) ** 2
                             plain[b, h, i, y] += abs(value)
                             low[b, h, i, y] = min(low[b, h, i, y], value)
@@ -73,7 +82,7 @@ def _row_sums(weights, visible, worst, likely, common, v, centred):  # type: ign
                     end = start + 1
                     while end < n_k and weights[b, h, i, order[end]] == weights[b, h, i, order[start]]:
                         end += 1
-                    if end > start + 1 and weights[b, h, i, order[start]] > 0.0:
+                    if end > start + 1 and weights[b, h, i, order[start]] != 0.0:
                         for y in range(d_v):
                             together, alike = 0.0, 0.0
                             for n in range(start, end):
@@ -85,4 +94,4 @@ def _row_sums(weights, visible, worst, likely, common, v, centred):  # type: ign
                             s_likely[b, h, i, y] += together**2
                             square[b, h, i, y] += alike**2
                     start = end
-    return s_worst, s_likely, s_common, magnitude, square, plain, low, high, out
+    return s_worst, s_likely, s_common, magnitude, square, plain, low, high, out, peak

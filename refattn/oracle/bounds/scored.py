@@ -11,6 +11,7 @@ what is beyond a threshold (beyond.py), count with |v_j| throughout.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +23,7 @@ from ...problem import Problem
 from ...spec import Plan
 from ..profiles import Profile
 from .beyond import beyond_threshold, beyond_zero
-from .bound import Bound
+from .bound import Bound, gamma
 from .rows import RowSums, row_sums
 
 #: Roundings that a caller's score_mod may take: an exp or tanh within four units in the last place, and eight operations.
@@ -47,22 +48,23 @@ class Scored:
         self.k, self.k_error, self.v, self.v_error = map(self._read, (self.k, self.k_error, self.v, self.v_error))
 
     def bounds(self) -> dict[str, np.ndarray]:
-        score = self._score()
         if self.plan.normalizer in ("sparsemax", "entmax15", "relu"):
-            return self._beyond(score)
-        weight, common, sink = self._weight(score)
+            return self._beyond(self.score)
+        weight, common, sink = self.weight
         normalised = weight if self.plan.normalizer == "sigmoid" else self._normalised(weight)
         centred = self.plan.normalizer == "softmax"
         used = weight if centred else normalised
+        if centred and self.profile.sum_rounded:
+            used += Bound(self.profile.probabilities, self.lam * self.profile.probabilities)
         worst, likely, common_part = (self.weights * error for error in (used.worst, used.likely, common))
         sums = row_sums(self.weights, self.visible, worst, likely, common_part, self.v, centred)
         found = {
             "out": self._finished(self._out(sums, used, sink, centred), sums),
             "weights": self.weights * (normalised.smaller + self.profile.probabilities) + np.finfo(np.float32).tiny,
-            "scores": score.smaller,
+            "scores": self.score.smaller,
         }
         if "lse" in self.truth:
-            found["lse"] = self._lse(weight, common, sink)
+            found["lse"] = self.lse.smaller
         return found
 
     def _beyond(self, score: Bound) -> dict[str, np.ndarray]:
@@ -75,12 +77,11 @@ class Scored:
         sums = row_sums(
             self.weights, self.visible, weight.own.worst + weight.shared.worst, weight.own.likely, weight.shared.likely, self.v, centred=False
         )
-        steps = math.ceil(self.weights.shape[3] / profile.tile) if profile.tile else 0
-        total = self._roundings((weight.terms + steps + 2)[..., None])
+        total = self.products((weight.terms + self.steps + 2)[..., None])
         stored = (1 + profile.probabilities) * (1 + total.worst) - 1
         out, rms = np.abs(sums.out), np.sqrt(sums.square)
         worst = (1 + stored) * sums.worst + stored * sums.magnitude
-        likely = np.hypot((1 + stored) * np.sqrt(sums.likely), np.hypot(lam * profile.probabilities * rms, total.likely * np.maximum(out, rms)))
+        likely = np.hypot((1 + stored) * np.sqrt(sums.likely), np.hypot(lam * profile.probabilities * rms, total.likely * sums.partial))
         vanished = (0.5 * profile.smallest_probability + np.finfo(np.float32).tiny) * sums.plain
         error = Bound(worst, likely + sums.common + 2 * self.u * out).linear(vanished)
         error = error.where_roundings_repeat(self._equal_weights()[..., None])
@@ -107,7 +108,7 @@ class Scored:
         matrix, bias = (self.operands[operand] for operand in self.plan.projections[n])
         made = np.einsum("btm,hmd->bhtd", x, matrix) + bias[:, None, :]
         magnitude = np.einsum("btm,hmd->bhtd", np.abs(x), np.abs(matrix)) + np.abs(bias)[:, None, :]
-        error = self._roundings(x.shape[-1] + 1) * magnitude
+        error = self.roundings(x.shape[-1] + 1) * magnitude
         return made, error.linear(self.profile.intermediate * np.abs(made))
 
     def _read(self, x: Any) -> Any:
@@ -125,18 +126,34 @@ class Scored:
     def _per_query_head(self, x: np.ndarray) -> np.ndarray:
         return x if x.shape[1] == self.heads else np.repeat(x, self.heads // x.shape[1], axis=1)
 
-    def _roundings(self, k: Any) -> Bound:
-        return Bound.roundings(k, self.u, self.lam)
+    def roundings(self, k: Any) -> Bound:
+        """Error of a sum of k numbers, relative to what is summed."""
+        return Bound.roundings(_depth(k) if self.profile.order == "tree" else k, self.u, self.lam)
+
+    def products(self, k: Any) -> Bound:
+        """Error of a sum of k products, relative to what is summed."""
+        profile, unit = self.profile, self.profile.products or self.u
+        if not profile.block:
+            return Bound.roundings(_depth(k) if profile.order == "tree" else k, unit, self.lam)
+        blocks = np.ceil(np.asarray(k) / profile.block)
+        step = 2 * unit * ((profile.block + 1) * 2.0**-profile.extra_bits + 1)  # the block and the sum carried in are cut off, then the result
+        return Bound(gamma(blocks, step), np.minimum(blocks, blocks / 2 + self.lam * np.sqrt(blocks / 12)) * step)  # uniform: of mean one half
+
+    @property
+    def steps(self) -> int:
+        """How often at most the running maximum rescales the sums of a row."""
+        return math.ceil(self.weights.shape[3] / self.profile.tile) if self.profile.tile else 0
 
     # ---- scores ----------------------------------------------------------------------------------------------------------------
 
-    def _score(self) -> Bound:
+    @functools.cached_property
+    def score(self) -> Bound:
         """Absolute error of each score."""
         plan, profile, u = self.plan, self.profile, self.u
         k = self._per_query_head(self.k)
         amplitude = abs(plan.scale) * plan.similarity.amplitude(self.q, k, *(self.operands[w] for w in plan.weights))
         terms = plan.similarity.roundings(self.q.shape[-1], k.shape[-1], *(self.operands[w].shape[-1] for w in plan.weights))
-        error = self._roundings(terms + 2) * amplitude
+        error = self.products(terms + 2) * amplitude
         error += Bound(profile.operands, self.lam * profile.operands) * amplitude
         if plan.projections:
             error += self._carried(k)
@@ -181,9 +198,10 @@ class Scored:
 
     # ---- weights ---------------------------------------------------------------------------------------------------------------
 
-    def _weight(self, score: Bound) -> tuple[Bound, np.ndarray, np.ndarray]:
+    @functools.cached_property
+    def weight(self) -> tuple[Bound, np.ndarray, np.ndarray]:
         """Relative error of each unnormalised weight; the part common to a call; the relative error of the sink's weight."""
-        profile, u, lam = self.profile, self.u, self.lam
+        profile, u, lam, score = self.profile, self.u, self.lam, self.score
         if self.plan.normalizer == "sigmoid":
             slope = 1.0 - self.weights
             function = 2 * profile.exp_error + 3 * u
@@ -215,25 +233,28 @@ class Scored:
         axis = 2 if self.plan.normalizer == "softmax over queries" else 3
         worst = np.sum(self.weights * weight.worst, axis=axis, keepdims=True)
         likely = np.sqrt(np.sum((self.weights * weight.likely) ** 2, axis=axis, keepdims=True))
-        return weight + Bound(worst, likely) + self._roundings(self.weights.shape[axis] + 3)
+        return weight + Bound(worst, likely) + self.roundings(self.weights.shape[axis] + 3)
 
     # ---- outputs ---------------------------------------------------------------------------------------------------------------
 
     def _out(self, sums: RowSums, weight: Bound, sink: np.ndarray, centred: bool) -> Bound:
         """Error of weights times values, in the accumulator."""
         profile, lam, n_keys = self.profile, self.lam, self.weights.shape[3]
-        steps = math.ceil(n_keys / profile.tile) if profile.tile else 0
-        total = self._roundings(n_keys + 2 * steps + 2)
+        terms = n_keys + 2 * self.steps + profile.splits + 1
+        total, summed = self.products(terms), self.roundings(terms)
         row = self._row(weight)
         most, usual = row.worst[..., None], row.likely[..., None]
-        stored = (1 + profile.probabilities) * (1 + total.worst) - 1
+        rounded = 0.0 if profile.sum_rounded and centred else profile.probabilities
+        stored = (1 + rounded) * (1 + total.worst) - 1
         out = np.abs(sums.out)
         rms = np.sqrt(sums.square)
         with np.errstate(all="ignore"):  # a row of which nothing is known: infinite, or NaN where all its values are equal
-            worst = (1 + total.worst) * (sums.worst + stored * (1 + most) * sums.magnitude) / (1 - most) + total.worst * out
-            likely = np.hypot(np.sqrt(sums.likely), lam * profile.probabilities * rms)
-            likely = np.hypot(likely, total.likely * np.maximum(out, rms)) / (1 - usual) + 2 * self.u * out
-        vanished = (0.5 * profile.smallest_probability + np.finfo(np.float32).tiny) * sums.plain
+            worst = (1 + summed.worst) * (sums.worst + stored * (1 + most) * sums.magnitude) / (1 - most) + summed.worst * out
+            likely = np.hypot(np.sqrt(sums.likely), lam * rounded * rms)
+            likely = np.hypot(likely, np.maximum(total.likely * sums.partial, summed.likely * out)) / (1 - usual) + 2 * self.u * out
+        if profile.splits > 1:
+            worst, likely = self._merged(worst, likely, sums)
+        vanished = (0.5 * profile.smallest_probability * self._stored_as_one + np.finfo(np.float32).tiny) * sums.plain
         mass = np.clip(1.0 - self.weights.sum(-1), 0.0, 1.0)[..., None] if self.plan.sinks else 0.0
         error = Bound(worst, likely).linear(sums.common + vanished + mass * sink[..., None] * out)
         if self.plan.projections:
@@ -243,6 +264,25 @@ class Scored:
             among = self._among(sums, (1 + stored) / max(1 - total.worst, 2.0**-53) - 1)
             error = Bound(np.fmin(error.worst, among), np.fmin(error.likely, among))
         return error.where_roundings_repeat(self._repeats(sums))
+
+    def _merged(self, worst: np.ndarray, likely: np.ndarray, sums: RowSums) -> tuple[np.ndarray, np.ndarray]:
+        """Errors after parts of the keys were merged by exp(lse of the part - lse)."""
+        lse = self.log_sum
+        each = self.profile.exp_error + self.u * (4 + np.where(np.isfinite(lse), np.abs(lse), 0.0))[..., None]
+        return worst * (1 + each) + 2 * each * sums.magnitude, np.hypot(likely, 2 * self.lam * each * sums.partial)
+
+    @property
+    def log_sum(self) -> np.ndarray:
+        """The log-sum-exp, whether it is an output or not."""
+        return self.truth["lse"] if "lse" in self.truth else np.logaddexp.reduce(self.scores, axis=-1)
+
+    @property
+    def _stored_as_one(self) -> Any:
+        """What a stored weight of one stands for: itself, or the largest weight of its row."""
+        if self.profile.normalised:
+            return 1.0
+        missing = np.clip(1.0 - self.weights.sum(-1), 0.0, 1.0)  # a sink, which may be the largest
+        return np.maximum(self.weights.max(axis=-1, initial=0.0), missing)[..., None]
 
     def _among(self, sums: RowSums, summed: Any) -> np.ndarray:
         """How far from the output any mean of visible values is that is off by `summed` as a part of them."""
@@ -273,25 +313,34 @@ class Scored:
         worst = np.einsum("bhte,hem->btm", error.worst, np.abs(matrix))
         likely = np.sqrt(np.einsum("bhte,hem->btm", error.likely**2, matrix**2))
         magnitude = np.einsum("bhte,hem->btm", np.abs(sums.out), np.abs(matrix)) + np.abs(bias)
-        return (Bound(worst, likely) + self._roundings(matrix.shape[0] * matrix.shape[1] + 1) * magnitude).smaller
+        return (Bound(worst, likely) + self.roundings(matrix.shape[0] * matrix.shape[1] + 1) * magnitude).smaller
 
-    def _lse(self, weight: Bound, common: np.ndarray, sink: np.ndarray) -> np.ndarray:
+    @functools.cached_property
+    def lse(self) -> Bound:
+        """Absolute error of the log-sum-exp."""
+        weight, common, sink = self.weight
         n_keys, u = self.weights.shape[3], self.u
-        exact = self.truth["lse"]
+        exact = self.log_sum
         mass = np.clip(1.0 - self.weights.sum(-1), 0.0, 1.0)
         row = self._row(weight)
         with np.errstate(all="ignore"):
             worst = (self.weights * weight.worst).sum(-1) / (1 - row.worst)
             likely = np.sqrt(((self.weights * weight.likely) ** 2).sum(-1)) / (1 - row.likely)
-        error = Bound(worst, likely) + self._roundings(n_keys + 2)
+        error = Bound(worst, likely) + self.roundings(n_keys + self.profile.splits + 1)
         largest = np.max(np.where(self.scored, np.abs(self.scores), 0.0), axis=-1, initial=0.0)
         scale = np.where(np.isfinite(exact), np.abs(exact), 0.0) + largest + math.log(n_keys + 1)
-        return error.linear((self.weights * common).sum(-1) + mass * sink + 4 * u * scale).smaller
+        function = 4 * u * scale + self.profile.log_error * (2 if self.profile.splits > 1 else 1)
+        return error.linear((self.weights * common).sum(-1) + mass * sink + function)
 
 
 def _factor(error: np.ndarray) -> np.ndarray:
     """Relative error of exp(s) when s is off by `error`, held to where its square is finite: a weight of zero then makes it zero."""
     return np.expm1(np.minimum(error, 300.0))
+
+
+def _depth(k: Any) -> Any:
+    """Additions each term goes through when sums are made of halves."""
+    return np.ceil(np.log2(np.maximum(k, 1))) + 1
 
 
 def _with_heads(x: np.ndarray) -> np.ndarray:
