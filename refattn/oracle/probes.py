@@ -18,15 +18,15 @@ from ..catalog import unknown
 from ..errors import ParameterError, UnknownVariantError
 from ..foreign import as_numpy
 from ..problem import bind
-from ..spec import Dims, Variant, shape
+from ..spec import Dims, Operand, Plan, Variant, shape
+from . import designs
+from .cotangents import SMALL, with_cotangents
+from .designs import Design
 
 SUITES = ("quick", "standard", "full")
 
 #: Poison for what must not be read: larger than anything that may be, small enough that no score overflows in float16.
 _HIDDEN_KEY, _HIDDEN_VALUE = 700.0, 30000.0
-
-#: Scores whose exponential is 0 or infinite in every format, and below what some kernels write for minus infinity.
-_FAR = 7e4
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Probe:
         Whether disagreement is a failure, or an observation (`note` says what it means).
     repeatable : bool
         Whether the same operands, read from a file, make the same call; not where strides or earlier calls are the point.
+    repeats : int
+        How often the call is made again; every answer must be the same to the last bit.
+    cotangents : mapping of str to ndarray
+        By output, in the format the output is stored in; gradients for them are asked for too.
     """
 
     title: str
@@ -56,6 +60,8 @@ class Probe:
     decides: bool = True
     note: str = ""
     repeatable: bool = True
+    repeats: int = 0
+    cotangents: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,14 @@ def suite(name: str, variant: Variant, candidate: Candidate, dtype: np.dtype, fi
     rounds = 3 if name == "full" else 1
     maker = _Maker(variant, candidate, dtype, dict(fixed))
     probes = [p for r in range(rounds) for p in maker.probes(name, np.random.default_rng(seed + r))]
-    return Suite(tuple(probes), maker.unexamined)
+    return Suite(tuple(_differentiated(probes, maker, seed)), maker.unexamined)
+
+
+def pool(variant: Variant, candidate: Candidate, dtype: np.dtype, seed: int = 0) -> tuple[Probe, ...]:
+    """One call of every design there is, from which suites are chosen."""
+    maker = _Maker(variant, candidate, dtype, {})
+    probes = list(maker.designed(designs.POOL, np.random.default_rng(seed)))
+    return tuple(_differentiated(probes, maker, seed))
 
 
 def on_inputs(variant: Variant, candidate: Candidate, dtype: np.dtype, fixed: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> Suite:
@@ -102,7 +115,22 @@ def on_inputs(variant: Variant, candidate: Candidate, dtype: np.dtype, fixed: Ma
     probes = [Probe("the given operands", operands, maker.params({}), ("given operands",))]
     for title, params in maker.settings():
         probes.append(Probe(f"the given operands, {title}", operands, maker.params(params), ("given operands", *params)))
-    return Suite(tuple(probes), maker.unexamined)
+    return Suite(tuple(_differentiated(probes, maker, 0)), maker.unexamined)
+
+
+def _differentiated(probes: list[Probe], maker: _Maker, seed: int) -> list[Probe]:
+    """The same calls, asked for gradients too where the candidate has any."""
+    if maker.candidate.gradients is None:
+        return probes
+    rng = np.random.default_rng([seed, 1])  # beside the operands' generator, which they are drawn from with or without gradients
+
+    def small() -> Iterator[Probe]:
+        for title, chosen in ((("small", {})), *maker.settings()):
+            yield Probe(f"{title}, small", maker.operands(rng, SMALL), maker.params(chosen), tuple(chosen))
+        for o in maker.optional:
+            yield Probe(f"with {o.name}, small", maker.operands(rng, SMALL, (o.name,)), maker.params({}), (o.name,))
+
+    return with_cotangents(probes, maker.variant, maker.candidate, rng, small)
 
 
 #: Sizes that differ along every axis, none a power of two but where it must be.
@@ -173,13 +201,14 @@ class _Maker:
             dims["T"] = max(dims["T"], dims["S"])  # a variant of one sequence
         return dims
 
-    def operands(self, rng: np.random.Generator, sizes: Dims, optional: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    def operands(self, rng: np.random.Generator, sizes: Dims, optional: tuple[str, ...] = (), broadcast: bool = False) -> dict[str, np.ndarray]:
+        """Random ones; optional operands, where `broadcast`, of size 1 along every other axis they may be repeated along."""
         dims = self.dims(sizes)
         drawn = {}
         for o in self.variant.operands:
             if o.optional and o.name not in optional:
                 continue
-            full = shape(o.axes, dims)
+            full = _repeated(o, shape(o.axes, dims)) if broadcast else shape(o.axes, dims)
             if o.kind == "boolean":
                 drawn[o.name] = _mask(rng, full)
             elif o.kind == "number":
@@ -197,44 +226,68 @@ class _Maker:
 
     def probes(self, suite: str, rng: np.random.Generator) -> Iterator[Probe]:
         settings = list(self.settings())
-        first = self.operands(rng, {})
+        yield from self.designed(designs.named(designs.QUICK), rng)
+        if suite == "quick":
+            return
         for why, sizes in _SHAPES:
-            operands = self.operands(rng, sizes) if sizes else first
-            yield Probe(why, operands, self.params({}), ("shapes",))
+            yield Probe(why, self.operands(rng, sizes), self.params({}), ("shapes",))
         yield Probe("scores spread out", self.spread(self.operands(rng, {"T": 33, "S": 70})), self.params({}), ("large scores",))
         for title, chosen in settings:
             yield Probe(title, self.spread(self.operands(rng, {}), 2.0), self.params(chosen), tuple(chosen))
         for o in self.optional:
             yield Probe(f"with {o.name}", self.operands(rng, {}, (o.name,)), self.params({}), (o.name,))
-        for title, chosen in zip(("everything at once", "everything at once, other values"), self.together(), strict=False):
-            if chosen or self.optional:
-                everything = self.spread(self.operands(rng, {"T": 37, "S": 53}, tuple(o.name for o in self.optional)), 3.0)
-                yield Probe(title, everything, self.params(chosen), (*chosen, *(o.name for o in self.optional)))
-        for where, sign in (("below", -1.0), ("above", 1.0)):
-            far = self.far_from_zero(rng, sign)
-            if far is not None:
-                yield Probe(f"every score far {where} zero", far, self.params({}), ("large scores",))
-        yield from self.emptied(rng)
-        other = {n: _strided(x) for n, x in self.operands(rng, {}).items()}  # new values in the first call's shapes: a stale result shows too
-        yield Probe("strided operands", other, self.params({}), ("strided operands",), repeatable=False)
-        yield from self.poisoned(rng)
-        if suite != "quick":
-            for n, sizes in enumerate((*_LADDER, *(_LONG if suite == "full" else ()))):
-                title, chosen = settings[n % len(settings)] if settings else ("", {})
-                yield Probe(_spelled(sizes), self.operands(rng, sizes), self.params({}), ("shapes",))
-                if chosen:
-                    yield Probe(f"{_spelled(sizes)}, {title}", self.spread(self.operands(rng, sizes), 2.0), self.params(chosen), ("shapes", *chosen))
+        for n, sizes in enumerate((*_LADDER, *(_LONG if suite == "full" else ()))):
+            title, chosen = settings[n % len(settings)] if settings else ("", {})
+            yield Probe(_spelled(sizes), self.operands(rng, sizes), self.params({}), ("shapes",))
+            if chosen:
+                yield Probe(f"{_spelled(sizes)}, {title}", self.spread(self.operands(rng, sizes), 2.0), self.params(chosen), ("shapes", *chosen))
+        for title, chosen in settings:
+            for why, sizes in _SHAPES[1:5]:
+                yield Probe(f"{title}, {why}", self.spread(self.operands(rng, sizes), 2.0), self.params(chosen), tuple(chosen))
+        for o in self.optional:
             for title, chosen in settings:
-                for why, sizes in _SHAPES[1:5]:
-                    yield Probe(f"{title}, {why}", self.spread(self.operands(rng, sizes), 2.0), self.params(chosen), tuple(chosen))
-            for o in self.optional:
-                for title, chosen in settings:
-                    operands = self.operands(rng, {"T": 30, "S": 45}, (o.name,))
-                    yield Probe(f"{title} with {o.name}", operands, self.params(chosen), (*chosen, o.name))
-        yield Probe("the first call again", first, self.params({}), ("state kept between calls",), repeatable=False)
+                operands = self.operands(rng, {"T": 30, "S": 45}, (o.name,))
+                yield Probe(f"{title} with {o.name}", operands, self.params(chosen), (*chosen, o.name))
+        yield Probe("the same call several times", self.operands(rng, _SHAPES[3][1]), self.params({}), ("the same answer every time",), repeats=4)
 
-    def far_from_zero(self, rng: np.random.Generator, sign: float) -> dict[str, np.ndarray] | None:
-        """Queries and keys along one direction and its opposite, so that all scores are about `_FAR`; None where they are not operands."""
+    def designed(self, asked: tuple[Design, ...], rng: np.random.Generator) -> Iterator[Probe]:
+        """The calls of some designs, as far as the candidate takes what they are about, none of them twice."""
+        first: dict[str, np.ndarray] | None = None
+        made = set()
+        for design in asked:
+            chosen = design.chosen(self.tries)
+            wanted = {o.name for o in self.optional} if design.operands == "all" else set(design.operands.split())
+            optional = tuple(o.name for o in self.optional if o.name in wanted)
+            about = design.operands != "all" and (design.params or design.operands)
+            if about and not chosen and not optional:  # nothing of what it is about is taken
+                continue
+            sizes = {axis: n for axis, n in self.dims(design.sizes).items() if axis in self.variant.axes}
+            key = (tuple(sorted(sizes.items())), repr(sorted(chosen.items())), optional, design.factor, design.level, design.kind)
+            if key in made:
+                continue
+            made.add(key)
+            examines = (*design.examines, *chosen, *optional)
+            if design.kind == "emptied":
+                yield from self.emptied(rng)
+            elif design.kind == "poisoned":
+                yield from self.poisoned(rng)
+            elif design.kind == "again":
+                if first is not None:
+                    yield Probe(design.title, first, self.params({}), examines, repeatable=False)
+            elif design.level:
+                far = self.far_from_zero(rng, design.level)
+                if far is not None:
+                    yield Probe(design.title, far, self.params(chosen), examines)
+            else:
+                operands = self.operands(rng, design.sizes, optional, broadcast=design.kind == "broadcast")
+                operands = self.spread(operands, design.factor) if design.factor != 1.0 else operands
+                strided = design.kind == "strided"  # new values in the first call's shapes: a stale result shows too
+                operands = {n: _strided(x) for n, x in operands.items()} if strided else operands
+                first = operands if first is None else first
+                yield Probe(design.title, operands, self.params(chosen), examines, repeatable=not strided)
+
+    def far_from_zero(self, rng: np.random.Generator, level: float) -> dict[str, np.ndarray] | None:
+        """Queries and keys along one direction or its opposite, so that all scores are about `level`; None where they are not operands."""
         operands = self.operands(rng, {})
         if self.variant.plan is None:
             return None
@@ -243,10 +296,19 @@ class _Maker:
         if plan.projections or plan.query == plan.key or not {plan.query, plan.key} <= operands.keys():
             return None
         q, k = operands[plan.query], operands[plan.key]
-        product = min(_FAR / (abs(plan.scale) or 1.0), precision.format_of(self.dtype).largest / 3)  # before the scale: some store that too
+        if plan.similarity.__name__.endswith("bilinear"):  # along what the map makes of a key
+            return {**operands, **self._along_the_map(operands, plan, level)}
+        product = min(abs(level) / (abs(plan.scale) or 1.0), precision.format_of(self.dtype).largest / 3)  # before the scale: some store that too
         factor = product / (4.0 * q.shape[-1])
-        along = {plan.query: sign * factor * (1.0 + q.astype(np.float64) / 64.0), plan.key: 4.0 + k.astype(np.float64) / 4.0}
+        along = {plan.query: np.sign(level) * factor * (1.0 + q.astype(np.float64) / 64.0), plan.key: 4.0 + k.astype(np.float64) / 4.0}
         return {**operands, **{name: precision.round_to(x, self.dtype) for name, x in along.items()}}
+
+    def _along_the_map(self, operands: Mapping[str, np.ndarray], plan: Plan, level: float) -> dict[str, np.ndarray]:
+        """Queries and keys whose bilinear scores are about `level`."""
+        q, k, matrix = (operands[name].astype(np.float64) for name in (plan.query, plan.key, plan.weights[0]))
+        mapped = matrix @ np.full(k.shape[-1], 4.0)
+        along = {plan.query: level / (mapped @ mapped) * mapped * (1.0 + q / 256.0), plan.key: 4.0 + k / 64.0}
+        return {name: precision.round_to(x, self.dtype) for name, x in along.items()}
 
     def emptied(self, rng: np.random.Generator) -> Iterator[Probe]:
         """A row that sees no key, by mask where there is one, else by alignment."""
@@ -306,6 +368,11 @@ class _Maker:
             if hidden.any():
                 return operands, self.params(chosen), hidden, (plan.key, plan.value)
         return None
+
+
+def _repeated(operand: Operand, full: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with every other axis 1, where the operand may be broadcast."""
+    return tuple(n if at % 2 else min(n, 1) for at, n in enumerate(full)) if operand.broadcast else full
 
 
 def _mask(rng: np.random.Generator, full: tuple[int, ...]) -> np.ndarray:
