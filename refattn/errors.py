@@ -12,6 +12,8 @@
 A message names the variant, the operand, the axis and both numbers, and says what would be allowed.
 """
 
+from typing import Any
+
 
 class RefattnError(Exception):
     """Base class of everything refattn raises on purpose."""
@@ -45,6 +47,14 @@ class BackendUnavailableError(RefattnError, ImportError):
 
 class CandidateError(RefattnError, ValueError):
     """The implementation to be judged cannot be found, called or read."""
+
+
+class Disagreement(AssertionError):
+    """What `refattn.assert_matches` raises: no mistake in a call, but a report that does not pass, which it carries as `report`."""
+
+    def __init__(self, report: Any) -> None:
+        super().__init__(f"\n{report}")
+        self.report = report
 
 
 def shown(value: object) -> str:

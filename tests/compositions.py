@@ -14,6 +14,7 @@ import refattn as ra
 from refattn import catalog
 from refattn.engine.run import STATISTICS, reason_against
 from refattn.problem import bind
+from refattn.strategies import broadcast
 
 FORMATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)))
 LAYOUTS = ("BHTD", "BTHD", "packed", "paged")
@@ -234,19 +235,13 @@ def functions(draw, rng, batch, heads, n_q, n_k, dense):
 @st.composite
 def of_pairs(draw, rng, shape, dtype):
     """A bias and a mask, broadcast along any axes or without the first of them."""
-
-    def broadcast(x):
-        kept = draw(st.lists(st.booleans(), min_size=4, max_size=4))
-        small = x[tuple(slice(None) if keep else slice(None, 1) for keep in kept)]
-        return small[(0,) * draw(st.integers(0, 4))] if small.size and not any(kept) else small
-
     found = {}
     if draw(st.booleans()):
         own = draw(st.sampled_from([dtype, np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)]))
         bias = 10 * rng.standard_normal(shape)
         if np.isinf(np.array(-np.inf).astype(own).astype(float)):  # float8_e4m3fn has no infinity
             bias[rng.random(shape) < 0.1] = -np.inf
-        found["bias"] = broadcast(bias.astype(own))
+        found["bias"] = draw(broadcast(bias.astype(own)))
     if draw(st.booleans()):
-        found["mask"] = broadcast(rng.random(shape) < draw(st.floats(0, 1)))
+        found["mask"] = draw(broadcast(rng.random(shape) < draw(st.floats(0, 1))))
     return found

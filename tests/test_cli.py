@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -183,18 +184,30 @@ def test_compare_judges_a_file_of_operands_and_outputs(run, here):
 
 
 def test_vectors_are_written_and_answers_judged(run, here):
-    status, out, _ = run("vectors", "luong_dot", "linear", "-o", "golden")
-    cases = json.loads(Path("golden/manifest.json").read_text())["cases"]
+    status, out, _ = run("vectors", "luong_dot", "linear", "-o", "golden", "--suite", "standard", "--seed", "1")
+    manifest = json.loads(Path("golden/manifest.json").read_text())
+    cases = manifest["cases"]
     assert status == 0 and out.split()[0] == str(len(cases)) and {c["variant"] for c in cases} == {"luong_dot", "linear"}
+    assert manifest["suite"] == "standard" and manifest["seed"] == 1
     Path("answers").mkdir()
     for case in cases:
         held = vectors.read_tensors(Path("golden") / case["file"])
         save_file({"out": held["expected.out"].astype(np.float32)}, f"answers/{case['file']}")
     status, out, _ = run("vectors", "--verify", "golden", "answers")
-    assert status == 0 and out.count("agrees") == len(cases)
-    save_file({"out": held["expected.out"].astype(np.float32) + 1}, f"answers/{case['file']}")
-    status, out, _ = run("vectors", "--verify", "golden", "answers")
-    assert status == 1 and out.count("differs") == 1
+    assert status == 0 and len(re.findall("agrees(?! with)", out)) == len(cases) and "PASS  answers agrees with linear" in out
+    wrong = next(c for c in cases if c["about"] == "one key" and c["variant"] == "luong_dot")["file"]
+    held = vectors.read_tensors(Path("golden") / wrong)
+    save_file({"out": held["expected.out"].astype(np.float32) + 1}, f"answers/{wrong}")
+    save_file({"out": held["expected.out"]}, "answers/more.safetensors")
+    status, out, _ = run("vectors", "--verify", "golden", "answers", "--html", "pages", "--json", "found.json")
+    assert status == 1 and out.count("differs") == 1 and re.search("more.safetensors +answers no case", out)
+    assert re.search(r"differs +\S+ +out\[\d, \d, \d+\]", out) and "FAIL  answers does not agree with luong_dot: 1 of" in out
+    found = json.loads(Path("found.json").read_text())
+    assert not found["passed"] and found["strangers"] == ["more.safetensors"]
+    assert [(r["variant"], r["passed"]) for r in found["reports"]] == [("luong_dot", False), ("linear", True)]
+    assert sorted(path.name for path in Path("pages").iterdir()) == ["linear.html", "luong_dot.html"]
+    status, out, _ = run("vectors", "--verify", "golden", "answers", "--json", "-")
+    assert status == 1 and json.loads(out) == found
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------------------------
@@ -225,6 +238,7 @@ def test_vectors_are_written_and_answers_judged(run, here):
         (("compare", "operands.npz", "--returns", "lse"), "but no output lse"),
         (("vectors",), "give either -o DIR, to write, or --verify DIR OUTPUTS, to judge"),
         (("vectors", "softmx", "-o", "out"), "no variant named 'softmx'"),
+        (("vectors", "softmax", "-o", "out", "--suite", "large"), "no suite named 'large'"),
         (("vectors", "--verify", "golden", "answers"), "golden/manifest.json could not be read"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",

@@ -1,10 +1,13 @@
 """Correct implementations, written by other people, pass: the judge's tolerance is for everybody's arithmetic, not for ours."""
 
 import importlib
+from dataclasses import replace
 
+import planted
 import pytest
 
 import refattn as ra
+from refattn import adapters
 
 pytestmark = pytest.mark.peer
 
@@ -55,6 +58,49 @@ def hugging_face(model, q, k, v, bias, mask, scale, causal, sinks=None, **option
 def test_an_adapter_agrees_whatever_the_draw(name, dtype):
     for seed in range(ADAPTERS[name][1]):
         report = ra.check(name, dtype=dtype, seed=seed)
+        assert report.passed, f"seed {seed}\n{report}"
+
+
+#: PyTorch's kernels on the CPU, and how each computes.
+KERNELS = {"MATH": "math", "FLASH_ATTENTION": "torch-cpu-flash"}
+
+
+def forced(kernel):
+    """PyTorch's attention and its gradients by one of its kernels; calls that the kernel does not take are not asked."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    torch = adapters.load("torch")
+
+    def by(function):
+        def asked(*arguments):
+            with sdpa_kernel(getattr(SDPBackend, kernel)):
+                try:
+                    return function(*arguments)
+                except RuntimeError as trouble:
+                    if "No available kernel" in str(trouble):
+                        raise NotImplementedError(f"{kernel} does not take it") from None
+                    raise
+
+        return asked
+
+    return replace(torch, name=f"torch {kernel}", call=by(torch.call), gradients=by(torch.gradients), profile=KERNELS[kernel])
+
+
+@pytest.mark.filterwarnings("ignore:Flash attention")
+@pytest.mark.parametrize("dtype", ADAPTERS["torch"][0])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_kernel_of_torch_and_its_gradients_agree(kernel, dtype):
+    for seed in range(4):
+        report = ra.check(forced(kernel), dtype=dtype, seed=seed, gradients=True)
+        assert report.passed, f"seed {seed}\n{report}"
+        assert sum("d_q" in case.ratios for case in report.cases) > 20
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tile", [32, 64, 128])
+def test_tiled_kernels_of_our_own_agree(tile, dtype):
+    for seed in range(4):
+        report = ra.check(planted.candidate(planted.right(tile=tile)), dtype=dtype, seed=seed)
         assert report.passed, f"seed {seed}\n{report}"
 
 
