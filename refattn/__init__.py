@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .api import attend as attend
     from .api import attention as attention
     from .api import block_mask as block_mask
+    from .api import certify as certify
     from .api import check as check
     from .api import cite as cite
     from .api import compare as compare
@@ -34,6 +35,7 @@ _HOME = {
         "attend",
         "attention",
         "block_mask",
+        "certify",
         "check",
         "cite",
         "compare",

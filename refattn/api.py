@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from . import backends, catalog, costs, definition, precision, problem
 from .costs import Cost
 from .describe import Description, bibtex, described
-from .errors import OperandError, ParameterError
+from .errors import Disagreement, OperandError, ParameterError
 from .functions import KEYWORDS as FUNCTION_KEYWORDS
 from .functions import BlockMask, bind_mask
-from .spec import Integer
+from .spec import Integer, Variant
 
 if TYPE_CHECKING:
     from .oracle.report import Report
@@ -199,16 +199,21 @@ def gradients(
     from . import derivatives  # SciPy, wanted here only
 
     variant = catalog.variant(name)
+    cotangents, options = _cotangents(variant, d_out, keywords)
+    if not cotangents:
+        raise OperandError(f"{name}: no cotangent given; pass at least one of {', '.join('d_' + o.name for o in variant.outputs)}")
+    call = problem.bind(variant, operands, options, tuple(cotangents), layout)
+    checked = {output: derivatives.check_cotangent(call, output, x) for output, x in cotangents.items()}
+    return derivatives.release(call, backends.gradients(call, checked, backend))
+
+
+def _cotangents(variant: Variant, d_out: Any, keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Cotangents by output, and the keywords that are none."""
     outputs = {o.name for o in variant.outputs}
     taken = {o.name for o in variant.operands} | {p.name for p in variant.params}
     named = {word: x for word, x in keywords.items() if word.startswith("d_") and word[2:] in outputs and word not in taken}
     cotangents = {word[2:]: x for word, x in {"d_out": d_out, **named}.items() if x is not None}
-    if not cotangents:
-        raise OperandError(f"{name}: no cotangent given; pass at least one of {', '.join('d_' + o.name for o in variant.outputs)}")
-    options = {word: x for word, x in keywords.items() if word not in named}
-    call = problem.bind(variant, operands, options, tuple(cotangents), layout)
-    checked = {output: derivatives.check_cotangent(call, output, x) for output, x in cotangents.items()}
-    return derivatives.release(call, backends.gradients(call, checked, backend))
+    return cotangents, {word: x for word, x in keywords.items() if word not in named}
 
 
 def set_num_threads(n: int) -> None:
@@ -345,8 +350,86 @@ def cost(name: str, *, dtype: Any = "float32", **sizes_and_params: Any) -> Cost:
 # ---- judge -------------------------------------------------------------------------------------------------------------------
 
 
+def certify(
+    name: str,
+    /,
+    *operands: Any,
+    returns: str | Sequence[str] | None = None,
+    layout: str = "BHTD",
+    dtype: Any = None,
+    **keywords: Any,
+) -> Any:
+    """A variant's outputs or gradients correctly rounded, with a proven bound for each element: a ground truth that does not rest on float64.
+
+    Parameters
+    ----------
+    name : str
+        A variant of softmax over scaled inner products: ``"softmax"``, ``"luong_dot"``, ...
+    *operands : array_like
+        As `attend` takes them; taken exactly as they are, in any format.
+    returns : str or sequence of str, optional
+        Outputs wanted, as in `attend`; given cotangents, gradients: ``("d_q", "d_k")``, those of all real operands given unless said.
+    layout : {"BHTD", "BTHD"}
+    dtype : str or dtype, optional
+        What values are rounded to; float64 unless said.  A log-sum-exp is at least float32.
+    **keywords
+        Parameters, operands by name, a ``mask_mod``, and cotangents ``d_out`` and ``d_lse``.
+
+    Returns
+    -------
+    Certified, or namedtuple of Certified
+        ``.value``; ``.bound``, how far the exact number may be from it; ``.tier``, what decided each element (0 float64, 1 two float64,
+        2 Arb, 3 rational numbers); ``.rounded``, where the value is the correctly rounded one.
+
+    Raises
+    ------
+    UnknownVariantError, ShapeError, DtypeError, OperandError, ParameterError, BackendUnavailableError
+
+    Notes
+    -----
+    The exact number is that of the plan: a ``scale`` of None is the float64 number ``D ** -0.5``.  Elements that need tier 2 stay enclosed only where
+    python-flint is not installed (``pip install 'refattn[exact]'``); elements that an infinite or NaN operand takes part in are NaN with an infinite
+    bound.  What bounds rest on: `refattn.exact.trusted`.
+
+    Examples
+    --------
+    >>> import numpy as np, refattn as ra
+    >>> q = np.zeros((1, 1, 1, 4)); k = np.ones((1, 1, 3, 4)); v = np.array([1.0, 1.0, 2.0]).reshape(1, 1, 3, 1)
+    >>> found = ra.certify("softmax", q, k, v, dtype="bfloat16")
+    >>> float(found.value[0, 0, 0, 0]), bool(found.rounded.all())
+    (1.3359375, True)
+    """
+    from .exact import certify as ladder
+
+    variant = catalog.variant(name)
+    cotangents = {"d_" + o.name: keywords.pop("d_" + o.name, None) for o in variant.outputs}
+    given = {word[2:]: x for word, x in cotangents.items() if x is not None}
+    storage = precision.as_dtype("float64" if dtype is None else dtype)
+    call = replace(problem.bind(variant, operands, keywords, tuple(given) or returns, layout), dtype=storage)
+    if given:
+        from . import derivatives  # SciPy, wanted here only
+        from .exact import gradients as slopes
+
+        known = tuple("d_" + o.name for o in variant.operands if o.kind == "real" and o.name in call.given)
+        wanted = known if returns is None else (returns,) if isinstance(returns, str) else tuple(returns)
+        for one in wanted:
+            if one not in known:
+                raise ParameterError(f"{name}: {catalog.unknown('gradient', one, known)}")
+        found = slopes.certify_gradients(call, {output: derivatives.check_cotangent(call, output, x) for output, x in given.items()}, wanted)
+    else:
+        found = ladder.certify(call)
+    return next(iter(found.values())) if len(found) == 1 else namedtuple("CertifiedResults", found)(**found)
+
+
 def tolerance(
-    name: str, /, *operands: Any, profile: Any = None, returns: str | Sequence[str] | None = None, layout: str | Sequences = "BHTD", **keywords: Any
+    name: str,
+    /,
+    *operands: Any,
+    d_out: Any = None,
+    profile: Any = None,
+    returns: str | Sequence[str] | None = None,
+    layout: str | Sequences = "BHTD",
+    **keywords: Any,
 ) -> Any:
     """How far a correct implementation may be from the exact result, element by element.
 
@@ -355,8 +438,10 @@ def tolerance(
     name : str
     *operands : array_like
         As `attend` takes them; their dtype is what results are rounded to.
+    d_out : array_like, optional
+        Cotangent of ``out``, as `gradients` takes it (``d_lse``, ... are keywords): tolerances of the gradients are wanted too.
     profile : str or Profile, optional
-        How the implementation computes: ``"math"``, ``"flash"`` (unless said), ``"eager"``, with or without the dtype (``"flash-bf16"``).
+        How the implementation computes: ``"math"``, ``"flash"`` (unless said), ``"eager"``, ..., with or without the dtype (``"flash-bf16"``).
     returns : str or sequence of str, optional
         Outputs wanted; all there are unless said.
     layout : {"BHTD", "BTHD"} or Packed or Paged
@@ -366,7 +451,7 @@ def tolerance(
     Returns
     -------
     namedtuple of ndarray
-        One float64 array per output, in its shape and the caller's layout.
+        One float64 array per output, and per real operand for its gradient (``d_q``, ...), in its shape and the caller's layout.
 
     Raises
     ------
@@ -380,17 +465,22 @@ def tolerance(
     A score_mod is taken to be continuous and monotonous as far as a score may be off, and to be computed with an error of at most 16
     roundings of the largest of the score, its result and the change.
     """
+    from . import derivatives  # SciPy, as below
     from .oracle import profiles
+    from .oracle.gradients import backpropagated
+    from .oracle.judge import axes_of
     from .oracle.tolerance import tolerances
 
     variant = catalog.variant(name)
     if returns is None:  # weights and scores of sequences have no shape
         returns = [o.name for o in variant.outputs if isinstance(layout, str) or "S" not in o.axes.split()]
-    call = problem.bind(variant, operands, keywords, returns, layout)
-    how = profiles.resolve(profile, call.dtype)
-    found = tolerances(call, definition.run(call), how)
-    axes = {o.name: o.axes for o in variant.outputs}
-    arrays = {n: problem.to_layout(axes[n], x, call.layout) for n, x in found.items()}
+    cotangents, options = _cotangents(variant, d_out, keywords)
+    call = problem.bind(variant, operands, options, returns, layout)
+    checked = {output: derivatives.check_cotangent(call, output, x) for output, x in cotangents.items()}
+    how, truth = profiles.resolve(profile, call.dtype), definition.run(call)
+    backward = backpropagated(call, truth, checked) if checked else None
+    found = tolerances(call, truth, how, backward=backward)
+    arrays = {n: problem.to_layout(axes_of(variant, n), x, call.layout) for n, x in found.items()}
     return namedtuple("Tolerance", arrays)(**arrays)
 
 
@@ -406,6 +496,7 @@ def check(
     profile: Any = None,
     inputs: Mapping[str, Any] | None = None,
     seed: int = 0,
+    gradients: Any = None,
     **params: Any,
 ) -> Report:
     """Judge an implementation: ask it a suite of calls and compare every answer with the definition.
@@ -427,18 +518,23 @@ def check(
     returns : str or sequence of str, optional
         What it returns: ``("out", "lse")``; ``"out"`` unless said.
     profile : str or Profile, optional
-        How it computes, which sets the tolerance (see `tolerance`).
+        How it computes, which sets the tolerance (see `tolerance`); ``"auto"`` takes the tightest preset that explains a few plain calls.
     inputs : mapping of str to array_like, optional
         Operands by name to judge it on, in place of the suite's own.
     seed : int
         Of the suite's random operands.
+    gradients : callable, str or bool, optional
+        Its backward pass, to be judged too, or where that is: called as the candidate is, with ``d_out=`` (and ``d_lse=`` if it names it), it returns
+        ``d_q``, ``d_k``, ... as a mapping or named tuple, or as a tuple in operand order.  True differentiates the candidate by its framework
+        (torch, JAX).
     **params
         Parameters that keep one value.  One that the candidate does not take is what it does of itself.
 
     Returns
     -------
     Report
-        ``.passed``, ``.worst``, ``.finding``, ``.examined``, ``.unexamined``; ``print`` shows it, ``.to_dict()`` is for machines.
+        ``.passed``, ``.worst``, ``.finding``, ``.investigation``, ``.examined``, ``.unexamined``; ``print`` shows it, ``.to_html(path)`` adds
+        pictures, ``.to_dict()`` is for machines.
 
     Raises
     ------
@@ -466,7 +562,7 @@ def check(
     variant = None if name is None else catalog.variant(name)
     return judging.check(
         candidate, variant, dtype, params,
-        suite=suite, framework=framework, rename=rename, returns=returns, profile=profile, inputs=inputs, seed=seed,
+        suite=suite, framework=framework, rename=rename, returns=returns, profile=profile, inputs=inputs, seed=seed, gradients=gradients,
     )  # fmt: skip
 
 
@@ -475,6 +571,7 @@ def compare(
     name: str,
     /,
     *operands: Any,
+    d_out: Any = None,
     returns: str | Sequence[str] | None = None,
     layout: str | Sequences = "BHTD",
     profile: Any = None,
@@ -489,8 +586,10 @@ def compare(
     name : str
     *operands : array_like
         What it was given.
+    d_out : array_like, optional
+        Cotangent of ``out`` that gradients in `out` are for; of other outputs, ``d_lse``, ... are keywords.
     returns : str or sequence of str, optional
-        ``"out"`` unless said.
+        ``"out"`` unless said; gradients may be among them: ``("out", "d_q", "d_k", "d_v")``.
     layout : {"BHTD", "BTHD"} or Packed or Paged
         Of operands and of `out`.
     profile : str or Profile, optional
@@ -509,7 +608,8 @@ def compare(
     from .oracle import check as judging
 
     variant = catalog.variant(name)
-    return judging.compare_arrays(out, variant, operands, keywords, returns=returns, layout=layout, profile=profile)
+    cotangents, options = _cotangents(variant, d_out, keywords)
+    return judging.compare_arrays(out, variant, operands, options, cotangents, returns=returns, layout=layout, profile=profile)
 
 
 def assert_matches(out: Any, name: str, /, *operands: Any, **keywords: Any) -> None:
@@ -525,6 +625,7 @@ def assert_matches(out: Any, name: str, /, *operands: Any, **keywords: Any) -> N
     AssertionError
         When the arrays differ by more than their tolerance.
     """
+    __tracebackhide__ = True  # pytest then ends a traceback where this was called
     report = compare(out, name, *operands, **keywords)
     if not report.passed:
-        raise AssertionError(f"\n{report}")
+        raise Disagreement(report)

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -40,8 +41,9 @@ _Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter, its value as JSON or plain text: causal=true, window=[127,0].")
 ]
 _Dtype = Annotated[str, typer.Option(help="float64, float32, float16, bfloat16, float8_e4m3fn, ...")]
-_Profile = Annotated[str | None, typer.Option(help="How the implementation computes: math, flash, eager.")]
+_Profile = Annotated[str | None, typer.Option(help="How the implementation computes: math, flash, eager, ...; auto, in check, finds out.")]
 _Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - for standard output, without the table.")]
+_Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page, with pictures of the errors.")]
 _Returns = Annotated[str | None, typer.Option(metavar="NAMES", help="What it returns, in order: out,lse.")]
 
 
@@ -106,6 +108,11 @@ def check(
     suite: Annotated[str, typer.Option(help="quick, standard or full.")] = "standard",
     inputs: Annotated[Path | None, typer.Option(metavar="FILE", help="Judge on these operands (.npz or .safetensors).")] = None,
     seed: Annotated[int, typer.Option(help="Of the random operands.")] = 0,
+    gradients: Annotated[
+        str | None,
+        typer.Option(metavar="TARGET", help="Judge its backward pass too: where that is, or auto to differentiate TARGET by its framework."),
+    ] = None,
+    html_file: _Html = None,
     json_file: _Json = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Write the operands of the smallest failing call.")] = None,
 ) -> None:
@@ -121,11 +128,12 @@ def check(
         profile=profile,
         inputs=None if inputs is None else _read(inputs),
         seed=seed,
+        gradients=True if gradients == "auto" else gradients,
         **_settings(settings or []),
     )
     if save is not None and not report.passed:
         report.save(str(save))
-    _give(report, json_file)
+    _give(report, json_file, html_file)
 
 
 @app.command()
@@ -136,21 +144,24 @@ def compare(
     returns: _Returns = None,
     layout: Annotated[str, typer.Option(help="BHTD or BTHD.")] = "BHTD",
     profile: _Profile = None,
+    html_file: _Html = None,
     json_file: _Json = None,
 ) -> None:
     """Judge outputs that exist already."""
     held = _read(arrays)
-    names = _names(returns) or tuple(o.name for o in catalog.variant(variant).outputs if o.name in held)
+    outputs_of, differentiated = catalog.variant(variant).outputs, ["d_" + o.name for o in catalog.variant(variant).operands]
+    cotangents = [n for n in held if n in {"d_" + o.name for o in outputs_of}]
+    names = _names(returns) or tuple(n for n in (*(o.name for o in outputs_of), *(differentiated if cotangents else ())) if n in held)
     missing = [n for n in names if n not in held]
     if missing or not names:
         raise ParameterError(f"{arrays} holds {', '.join(held) or 'nothing'}, but no output {missing[0] if missing else 'of ' + variant}")
     outputs = {n: held[n] for n in names}
-    known = {o.name for o in catalog.variant(variant).outputs}
+    known = {*(o.name for o in outputs_of), *differentiated}
     held = {n: x for n, x in held.items() if n not in known}  # an output that is there and not asked about is left alone
     report = api.compare(
         tuple(outputs.values()), variant, returns=tuple(outputs), layout=layout, profile=profile, **held, **_settings(settings or [])
     )
-    _give(report, json_file)
+    _give(report, json_file, html_file)
 
 
 @app.command()
@@ -160,8 +171,12 @@ def vectors(
     verify: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="DIR OUTPUTS", help="Judge the outputs another program wrote for DIR's vectors.")
     ] = None,
+    suite: Annotated[str, typer.Option(help="small, to be committed, or standard.")] = "small",
     dtype: _Dtype = "float32",
     profile: _Profile = None,
+    seed: Annotated[int, typer.Option(help="Of the random operands.")] = 0,
+    pages: Annotated[Path | None, typer.Option("--html", metavar="DIR", help="Write a page for each variant judged.")] = None,
+    json_file: _Json = None,
 ) -> None:
     """Golden vectors for other languages: operands, exact outputs and per-element tolerances, in safetensors with a JSON manifest."""
     from .oracle import vectors as golden
@@ -169,18 +184,41 @@ def vectors(
     if (output is None) == (verify is None):
         raise ParameterError("vectors: give either -o DIR, to write, or --verify DIR OUTPUTS, to judge")
     if output is not None:
-        manifest = golden.write(output, variants or catalog.names(), dtype, profile)
+        manifest = golden.write(output, variants or catalog.names(), dtype, profile, suite=suite, seed=seed, certify=api.certify)
         screen.print(f"{len(manifest['cases'])} cases written to {output}")
         return
     assert verify is not None
-    rows = golden.verify(*verify)
+    verdict = golden.verify(*verify)
+    for report in verdict.reports:
+        if pages is not None:
+            pages.mkdir(parents=True, exist_ok=True)
+            report.to_html(pages / f"{report.variant.name}.html")
+    if json_file is not None:
+        found = {"passed": verdict.passed, "strangers": verdict.strangers, "reports": [report.to_dict() for report in verdict.reports]}
+        text = json.dumps(found, indent=2)
+        print(text) if str(json_file) == "-" else json_file.write_text(text + "\n")
+    if str(json_file) != "-":
+        _show_vectors(verdict)
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+def _show_vectors(verdict: Any) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("case", "output", "outcome", "error / tolerance"):
-        table.add_column(column)
-    for row in rows:
-        table.add_row(row.case, row.output, "[green]agrees" if row.agrees else f"[red]{row.reason or 'differs'}", f"{row.ratio:.2g}")
+    for column in ("case", "outcome", "error / tolerance", "worst element"):
+        table.add_column(column, overflow="fold")
+    for case in (case for report in verdict.reports for case in report.cases):
+        worst = case.worst
+        where = "" if worst is None else f"{worst.output}[{', '.join(map(str, worst.index))}]"
+        where += f" is {worst.got:.6g}, should be {worst.expected:.6g}" if worst is not None and case.failed else ""
+        outcome = "[red]" + escape(case.reason or case.outcome) if case.failed else "[green]agrees"
+        table.add_row(escape(case.probe.title), outcome, "" if worst is None else f"{worst.ratio:.2g}", escape(where))
+    for name in verdict.strangers:
+        table.add_row(escape(name), "[red]answers no case", "", "")
     screen.print(table)
-    raise typer.Exit(0 if rows and all(row.agrees for row in rows) else 1)
+    for report in verdict.reports:
+        screen.print(f"\n{'PASS' if report.passed else 'FAIL'}  {report.candidate} {report.verdict}", markup=False, highlight=False, soft_wrap=True)
+        if report.finding:
+            screen.print(f"      {report.finding}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -209,12 +247,28 @@ def warmup() -> None:
 
 
 @app.command()
+def mutants(
+    variant: Annotated[str, typer.Option(help="Whose mistakes.")] = "softmax",
+    family: Annotated[str | None, typer.Option(metavar="CODES", help="Only faults of these letters or codes: M,X2.")] = None,
+    dtype: _Dtype = "float32",
+    suite: Annotated[str, typer.Option(help="quick, standard or full.")] = "standard",
+    profile: _Profile = None,
+) -> None:
+    """Ask a suite whether it notices every known mistake: each one is computed and judged as an implementation would be."""
+    from .oracle.mutants import table
+
+    found = table.verdicts(catalog.variant(variant), dtype, suite, family, profile)
+    screen.print(table.drawn(found))
+    raise typer.Exit(0 if not table.survivors(found) else 1)
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, which backends and adapters work, and why the others do not."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("refattn", __version__)
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} processors")
-    for package in ("numpy", "numba", "llvmlite", "scipy", "ml_dtypes", "safetensors", "matplotlib", "asv"):
+    for package in ("numpy", "numba", "llvmlite", "scipy", "ml_dtypes", "python-flint", "safetensors", "matplotlib", "asv"):
         table.add_row(package, _version(package) or "[dim]not installed")
     table.add_row("variants", str(len(catalog.names())))
     table.add_row("backend definition", "[green]works" if importlib.util.find_spec("numba") else "[red]numba is missing")
@@ -270,8 +324,10 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise CandidateError(f"{path} could not be read as .npz: {problem}") from problem
 
 
-def _give(report: Any, json_file: Path | None) -> None:
+def _give(report: Any, json_file: Path | None, html_file: Path | None) -> None:
     """Print the report, write it, and leave with its status."""
+    if html_file is not None:
+        report.to_html(html_file)
     if json_file is not None and str(json_file) == "-":
         print(report.to_json())
     else:
