@@ -68,13 +68,27 @@ def test_every_size_gives_what_the_definition_gives(n_q, dtype):
 
 
 @FORMATS
-@pytest.mark.parametrize("n_k", [1023, 1024, 1025, 2100])
+@pytest.mark.parametrize("n_k", [511, 513, 1023, 1024, 1025, 2100])
 def test_few_queries_and_many_keys_give_what_the_definition_gives(n_k, dtype):
-    """Stretches of keys, merged."""
+    """Tiles and stretches of keys, merged."""
     for n_q, heads, options in ((1, 2, {}), (1, 14, {"causal": True}), (3, 4, {"causal": True, "window": (1030, 0)}), (2, 4, {"softcap": 2.0})):
         q, k, v = operands(dtype, B=2, Hq=heads, Hkv=2, T=n_q, S=n_k, D=17, E=9)
         agrees(call_of(q, k, v, bias=np.linspace(3, -3, n_k), **options))
         agrees(call_of(q, k, v, sinks=np.linspace(-1, 1, heads), **options))
+
+
+@FORMATS
+@pytest.mark.parametrize("n_k", [1, 7, 8, 9, 33, 300])
+@pytest.mark.parametrize("narrow", [None, ml_dtypes.bfloat16])
+def test_rows_of_every_number_taken_in_order_give_what_the_definition_gives(n_k, dtype, narrow):
+    """Four at a time up to half a panel, and panels from there on; wide values, whole vectors and a rest; keys and values decoded in parts."""
+    for rows in (1, 3, 4, 5, 8, 12, 13, 23, 24, 25):
+        q, k, v = operands(dtype, rows, Hq=rows, S=n_k, T=1, D=80, E=150)
+        if narrow:
+            k, v = k.astype(narrow), v.astype(narrow)
+            q = q.astype(narrow) if dtype == np.float32 else q
+        agrees(call_of(q, k, v))
+        agrees(call_of(q, k, v, mask=np.arange(n_k) % 5 > 0, softcap=3.0))
 
 
 @FORMATS

@@ -28,7 +28,7 @@ def case(fails, seed=0, T=24, S=40, decides=True, outputs=("out",), **params):
     truth = definition.run(problem)
     b, h, i = np.indices((2, 4, T))
     weights = truth["weights"]
-    facts = {"batch": b, "head": h, "query": i, "largest": weights.argmax(-1) if S else i, "sees": (weights > 0).sum(-1), **params}
+    facts = {"batch": b, "head": h, "query": i, "largest": weights.argmax(-1) if S else i, "sees": (weights > 0).sum(-1), "T": T, **params}
     rows = np.broadcast_to(fails(facts), b.shape)
     ratios = {"out": np.where(rows[..., None], 7.0, 0.5) * np.ones(5), "lse": np.where(rows, 7.0, 0.5)}
     ratios = {name: ratios[name] for name in outputs}
@@ -58,6 +58,8 @@ def found(fails, **options):
         (lambda row: row["head"] == 2, "is of query head 2"),
         (lambda row: row["head"] >= 2, "is of query head 2 or a later one"),
         (lambda row: row["batch"] == 1, "is of batch 1 or a later one"),
+        (lambda row: row["head"] % 2 == 1, "is of a query head at place 1 or later among those that share a key-value head"),
+        (lambda row: (row["query"] >= row["T"] // 16 * 16) & (row["T"] > 16), "is in the last, partial tile of 16 queries"),
         (lambda row: row["largest"] >= 16, "has its largest weight at key 16 or later"),
         (lambda row: row["sees"] < 20, "sees fewer than 20 keys"),
         (lambda row: row["sees"] >= 30, "sees 30 keys or more"),
@@ -126,7 +128,10 @@ def test_a_score_is_one_at_best_and_nothing_where_all_rows_fail():
         ([8, 9, 10, 11], "only channels 8 to 11 of 20 differ"),
         ([3], "only channels 3 of 20 differ"),
         ([1, 5], "only channels 1, 5 of 20 differ"),
-        (range(0, 20, 2), "only channels 0, 2, 4, 6, 8, 10, 12, 14, ... of 20 differ"),
+        (range(0, 20, 2), "only channels of index 0 modulo 2 of 20 differ"),
+        (range(3, 20, 4), "only channels of index 3 modulo 4 of 20 differ"),
+        ([0, 2, 4], "only channels 0, 2, 4 of 20 differ"),
+        ([0, 1, 3, 4, 6, 7, 9, 10, 12], "only channels 0, 1, 3, 4, 6, 7, 9, 10, ... of 20 differ"),
         (range(18), ""),
         ([], ""),
     ],

@@ -23,8 +23,9 @@ from .stored import BFLOAT16, BYTE, FLOAT16, SAME
 from .threads import launch
 from .tiles import BLOCKS_BEFORE, K_ROW, KEYS_BEFORE, N_K, N_Q, Q_BATCH, Q_ROW, RANGE_AT, How
 
-#: Rows of one key-value head up to which keys are read in order, a vector of a key at a time, and not a panel of queries at a time.
-FEW_ROWS = 8
+#: Parts of a panel: a key-value head with no more rows than one of them has its keys read in order, a vector of a key at a time, and not a panel of
+#: queries at a time; nor has one of so many rows.
+FEW_OF_A_PANEL, FEW_ROWS = 2, 8
 #: More rows than any page has: a sequence without pages.
 ONE_PAGE = 2**62
 #: Parts of a head's rows whose gradients of keys are summed apart, at most, and tasks that keep every thread busy.
@@ -68,10 +69,13 @@ class Call:
         mask, _, same_mask = self._pairs(plan.mask)
         kind, self.lanes = _KINDS[plan.normalizer], register_bytes() // format_.itemsize
         sequences, first, last, pairs, pages, page_size, most_rows = self._sequences()
-        self.decodes = kind == weights.SOFTMAX and 0 < most_rows <= FEW_ROWS and self.k.shape[2] > 0
+        self.decodes = kind == weights.SOFTMAX and 0 < most_rows <= max(FEW_ROWS, VECTORS * self.lanes // FEW_OF_A_PANEL) and self.k.shape[2] > 0
         self.whole_block = backward.PANELS * VECTORS * self.lanes
-        block_rows = most_rows if self.decodes else VECTORS * self.lanes * self._panels(kind, sequences)
-        sequences = _with_blocks(sequences, self.group, 0 if self.decodes else block_rows)
+        if problem.sequences is None:
+            shape = self.q.shape[0], self.q.shape[2], self.k.shape[2]
+            sequences, block_rows = _dense_blocks(shape, kind, self.decodes, self.group, self.kv_heads, self.lanes)
+        else:
+            sequences, block_rows = _in_blocks(sequences, kind, self.decodes, self.group, self.kv_heads, self.lanes)
         self.stages = None if functions is None else _Stages(functions, format_)
         blocks = None if functions is None else functions.block_mask
         number = format_.type
@@ -188,13 +192,6 @@ class Call:
         table[:-1, Q_BATCH] = np.arange(len(each))
         return table, first, last, pairs, places.block_table, self.k.shape[2], most_rows
 
-    def _panels(self, kind: int, sequences: np.ndarray) -> int:
-        """Panels of a block: many, so that a tile is read seldom, while there are tasks enough."""
-        panels, rows = 1 if kind >= weights.SPARSEMAX else forward.PANELS, (sequences[:-1, N_Q] * self.group).tolist()
-        while panels > 1 and self.kv_heads * sum(-(-n // (panels * VECTORS * self.lanes)) for n in rows) < ENOUGH_TASKS:
-            panels //= 2
-        return panels
-
     # ---- how gradients are gathered ------------------------------------------------------------------------------------------------
 
     def _mean(self) -> np.ndarray:
@@ -262,6 +259,23 @@ def _dense(batch: int, n_queries: int, n_keys: int) -> tuple[np.ndarray, np.ndar
     table[:-1, N_Q], table[:-1, N_K] = n_queries, n_keys
     table[:, KEYS_BEFORE] = np.arange(batch + 1) * n_keys
     return table, np.arange(batch)[:, None]
+
+
+@functools.lru_cache(maxsize=64)
+def _dense_blocks(shape: tuple[int, int, int], *how: Any) -> tuple[np.ndarray, int]:
+    """`_in_blocks` where each sequence is an entry of the batch: of so many entries, queries and keys."""
+    return _in_blocks(_dense(*shape)[0], *how)
+
+
+def _in_blocks(table: np.ndarray, kind: int, decodes: bool, group: int, kv_heads: int, lanes: int) -> tuple[np.ndarray, int]:
+    """The table of sequences with the blocks before each, and the rows of a block."""
+    rows = (table[:-1, N_Q] * group).tolist()
+    if decodes:
+        return _with_blocks(table, group, 0), max(rows, default=0)
+    panels = 1 if kind >= weights.SPARSEMAX else forward.PANELS  # many, so that a tile is read seldom, while there are tasks enough
+    while panels > 1 and kv_heads * sum(-(-n // (panels * VECTORS * lanes)) for n in rows) < ENOUGH_TASKS:
+        panels //= 2
+    return _with_blocks(table, group, panels * VECTORS * lanes), panels * VECTORS * lanes
 
 
 def _with_blocks(table: np.ndarray, group: int, block_rows: int) -> np.ndarray:

@@ -4,6 +4,9 @@ A task is a stretch of keys of one sequence and key-value head, for all rows of 
 Vectors run along the widths of keys and values, and along keys in between.  Stretches have one length whatever the number of threads,
 and are merged in order: so are the bits.
 
+Memory is read at its pace only if it never waits for arithmetic: rows are called for a fixed distance ahead, in the order of memory, in every
+loop that reads them.  A tile is long, so that there are few turns from keys to values.
+
     1. for every tile of keys: scores of every row; scale, soft-cap, bias, hidden keys to -inf; exponentials; values
     2. merge the stretches by their maxima and sums; the sink; lse
 """
@@ -23,7 +26,8 @@ from .simd import (
     address,
     byte_at,
     div,
-    exp2,
+    element_bytes,
+    exp2_below,
     fill,
     fma,
     lanes,
@@ -43,157 +47,213 @@ from .simd import (
     widest,
 )
 from .stages import call
-from .stored import PAD, SAME, bytes_of, decode_row, decode_rows, find_keys, point_to
+from .stored import PAD, SAME, bytes_of, call_for, decode_row, find_keys, point_to
 from .tasks import take
 from .tiles import BLOCKS_BEFORE, K_ROW, N_K, N_Q, Q_BATCH, Q_ROW, RANGE_AT, Inputs, find_block, mapped, padded, report
 
 STRETCH = 1024  # keys per task
-TILE = 64  # keys whose scores, and values, stay in the first-level cache
-ROWS = 4  # taken together
+TILE = 512  # keys whose scores are finished together
+MAPPED_TILE = 64  # where a map may hide whole tiles
+PART = 32  # decoded keys, or values, that stay in the first-level cache
+SHORT = 8  # keys whose values are gathered for some channels before others
+ROWS = 4  # queries taken together
+MOST_AHEAD = 64  # keys called for before they are read
 
 
 class Space(NamedTuple):
-    """What a thread needs: queries as rows, what is gathered, scores and a copy of them, a bias, and where keys and values are."""
+    """What a thread needs.
+
+    Queries and what is gathered (`vector_of`), scores and a copy of them, one decoded row, what a function hides, statistics, heads and numbers of
+    queries; addresses of keys and values, a part of them decoded, and the addresses of that.
+    """
 
     queries: Any
     gathered: Any
     s: Any
     kept: Any
-    bias: Any
+    row: Any
     hidden: Any
     top: Any
+    tops: Any
     sums: Any
     heads: Any
     numbers: Any
     key_places: Any
     value_places: Any
-    next_keys: Any
-    next_values: Any
     keys: Any
     values: Any
+    key_rows: Any
+    value_rows: Any
+
+
+@njit(error_model="numpy", cache=True)
+def room(n, a):
+    """Room for n elements that begins where a line of the cache does: a vector that lies across two is read twice."""
+    line = 64 // element_bytes(a)
+    space = np.empty(n + line, a.dtype)
+    first = -(address(space, 0) // element_bytes(a)) % line
+    return space[first : first + n]
 
 
 @njit(error_model="numpy", inline="always")
 def workspace(a, how, rows):
     d, e = padded(how.d, a), padded(how.e, a)
-    queries, gathered = np.zeros((rows + ROWS) * d, a.dtype), np.zeros((rows + ROWS) * e, a.dtype)
-    s, kept, hidden = np.zeros((rows + ROWS) * TILE, a.dtype), np.zeros((rows + ROWS) * TILE, a.dtype), np.zeros((rows + ROWS) * TILE, a.dtype)
-    keys = np.empty(TILE * (how.d + PAD) if how.k_code != SAME else 0, a.dtype)
-    vals = np.empty(TILE * (how.e + PAD) if how.v_code != SAME else 0, a.dtype)
-    heads, numbers = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-    one, two, three, four = np.zeros(TILE, np.int64), np.zeros(TILE, np.int64), np.zeros(TILE, np.int64), np.zeros(TILE, np.int64)
+    queries, gathered, s = room((rows + ROWS) * d, a), room((rows + ROWS) * e, a), room((rows + ROWS) * TILE, a)
+    kept, hidden = np.empty(rows * TILE, a.dtype), np.empty(rows * TILE, a.dtype)
+    keys, vals = room(PART * (how.d + PAD) if how.k_code != SAME else 0, a), room(PART * (how.e + PAD) if how.v_code != SAME else 0, a)
+    vals[:] = 0.0  # the last run of a part may be longer than the part
+    key_rows, value_rows = np.empty(PART, np.int64), np.empty(PART, np.int64)
+    point_to(keys, PART, how.d + PAD, key_rows)
+    point_to(vals, PART, how.e + PAD, value_rows)
+    heads, numbers = np.empty(rows, np.int32), np.empty(rows, np.int32)
+    top, tops, sums = np.empty(rows, a.dtype), np.empty(rows, a.dtype), np.empty(rows, a.dtype)
+    most = TILE + SHORT + MOST_AHEAD
     return Space(
-        queries, gathered, s, kept, np.empty(TILE + PAD, a.dtype), hidden, np.empty(rows, a.dtype), np.empty(rows, a.dtype), heads, numbers,
-        one, two, three, four, keys, vals,
+        queries, gathered, s, kept, np.empty(max(TILE, d) + PAD, a.dtype), hidden, top, tops, sums, heads, numbers,
+        np.empty(most, np.int64), np.empty(most, np.int64), keys, vals, key_rows, value_rows,
     )  # fmt: skip
 
 
 @njit(error_model="numpy", cache=True)
-def dot_products(keys, ahead, n, queries, rows, d, s):
-    """s[r * TILE + j] = queries[r] . key j, four keys by four rows; queries are rows padded with zeros, `keys` addresses of n keys and more.
+def vector_of(r, x, wide, a):
+    """Where the vector of channels x, x + 1, ... of row r stands among rows taken together: beside those of the other rows."""
+    return (r // ROWS * wide + x) * ROWS + r % ROWS * lanes(a)
 
-    What stands at the addresses `ahead` is called for meanwhile, so that memory does not wait for arithmetic.
+
+@njit(error_model="numpy", cache=True)
+def dot_products(keys, first, ahead, soon, n, queries, rows, d, s, at):
+    """s[r * TILE + at + j] = query r . key first + j, four keys by four rows, for n keys and up to three more; `keys` are addresses.
+
+    Queries stand as `vector_of` says, padded with zeros.  What stands at the addresses ahead[soon + j] is called for meanwhile.
     """
-    step, size = lanes(s), s.itemsize
+    step, size = lanes(s), element_bytes(s)
     whole, wide = d // step * step, padded(d, s)
     for j in range(0, n, 4):
-        k0, k1, k2, k3 = keys[j], keys[j + 1], keys[j + 2], keys[j + 3]
-        for x in range(0, d * size, 64):
-            prefetch_at(ahead[j] + x)
-            prefetch_at(ahead[j + 1] + x)
-            prefetch_at(ahead[j + 2] + x)
-            prefetch_at(ahead[j + 3] + x)
+        key, later = address(keys, first + j), address(ahead, soon + j)
+        k0, k1, k2, k3 = number_at(keys, key), number_at(keys, key + 8), number_at(keys, key + 16), number_at(keys, key + 24)
+        n0, n1, n2, n3 = number_at(keys, later), number_at(keys, later + 8), number_at(keys, later + 16), number_at(keys, later + 24)
         for r in range(0, rows, ROWS):
             a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = fill(s, 0.0)
-            at = r * wide
+            row = address(queries, r * wide)
             for x in range(0, whole, step):
-                q0, q1 = load(queries, at + x), load(queries, at + wide + x)
-                q2, q3 = load(queries, at + 2 * wide + x), load(queries, at + 3 * wide + x)
-                key = load_at(s, k0 + x * size)
-                a0, a1, a2, a3 = fma(key, q0, a0), fma(key, q1, a1), fma(key, q2, a2), fma(key, q3, a3)
-                key = load_at(s, k1 + x * size)
-                b0, b1, b2, b3 = fma(key, q0, b0), fma(key, q1, b1), fma(key, q2, b2), fma(key, q3, b3)
-                key = load_at(s, k2 + x * size)
-                c0, c1, c2, c3 = fma(key, q0, c0), fma(key, q1, c1), fma(key, q2, c2), fma(key, q3, c3)
-                key = load_at(s, k3 + x * size)
-                d0, d1, d2, d3 = fma(key, q0, d0), fma(key, q1, d1), fma(key, q2, d2), fma(key, q3, d3)
+                q = row + ROWS * x * size
+                q0, q1 = load_at(s, q), load_at(s, q + step * size)
+                q2, q3 = load_at(s, q + 2 * step * size), load_at(s, q + 3 * step * size)
+                prefetch_at(n0 + x * size)
+                one = load_at(s, k0 + x * size)
+                a0, a1, a2, a3 = fma(one, q0, a0), fma(one, q1, a1), fma(one, q2, a2), fma(one, q3, a3)
+                prefetch_at(n1 + x * size)
+                one = load_at(s, k1 + x * size)
+                b0, b1, b2, b3 = fma(one, q0, b0), fma(one, q1, b1), fma(one, q2, b2), fma(one, q3, b3)
+                prefetch_at(n2 + x * size)
+                one = load_at(s, k2 + x * size)
+                c0, c1, c2, c3 = fma(one, q0, c0), fma(one, q1, c1), fma(one, q2, c2), fma(one, q3, c3)
+                prefetch_at(n3 + x * size)
+                one = load_at(s, k3 + x * size)
+                d0, d1, d2, d3 = fma(one, q0, d0), fma(one, q1, d1), fma(one, q2, d2), fma(one, q3, d3)
             if whole < d:
-                q0, q1 = load(queries, at + whole), load(queries, at + wide + whole)
-                q2, q3 = load(queries, at + 2 * wide + whole), load(queries, at + 3 * wide + whole)
-                key = load_part_at(s, k0 + whole * size, d - whole)
-                a0, a1, a2, a3 = fma(key, q0, a0), fma(key, q1, a1), fma(key, q2, a2), fma(key, q3, a3)
-                key = load_part_at(s, k1 + whole * size, d - whole)
-                b0, b1, b2, b3 = fma(key, q0, b0), fma(key, q1, b1), fma(key, q2, b2), fma(key, q3, b3)
-                key = load_part_at(s, k2 + whole * size, d - whole)
-                c0, c1, c2, c3 = fma(key, q0, c0), fma(key, q1, c1), fma(key, q2, c2), fma(key, q3, c3)
-                key = load_part_at(s, k3 + whole * size, d - whole)
-                d0, d1, d2, d3 = fma(key, q0, d0), fma(key, q1, d1), fma(key, q2, d2), fma(key, q3, d3)
-            store_totals(s, r * TILE + j, TILE, (a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2, a3, b3, c3, d3))
+                q = row + ROWS * whole * size
+                q0, q1 = load_at(s, q), load_at(s, q + step * size)
+                q2, q3 = load_at(s, q + 2 * step * size), load_at(s, q + 3 * step * size)
+                one = load_part_at(s, k0 + whole * size, d - whole)
+                a0, a1, a2, a3 = fma(one, q0, a0), fma(one, q1, a1), fma(one, q2, a2), fma(one, q3, a3)
+                one = load_part_at(s, k1 + whole * size, d - whole)
+                b0, b1, b2, b3 = fma(one, q0, b0), fma(one, q1, b1), fma(one, q2, b2), fma(one, q3, b3)
+                one = load_part_at(s, k2 + whole * size, d - whole)
+                c0, c1, c2, c3 = fma(one, q0, c0), fma(one, q1, c1), fma(one, q2, c2), fma(one, q3, c3)
+                one = load_part_at(s, k3 + whole * size, d - whole)
+                d0, d1, d2, d3 = fma(one, q0, d0), fma(one, q1, d1), fma(one, q2, d2), fma(one, q3, d3)
+            store_totals(s, r * TILE + at + j, TILE, (a0, b0, c0, d0, a1, b1, c1, d1, a2, b2, c2, d2, a3, b3, c3, d3))
 
 
 @njit(error_model="numpy", cache=True)
-def gather_values(values, ahead, n, s, rows, e, out):
-    """out[r] += sum over n keys of s[r * TILE + j] * value j, two vectors of four rows at a time; rows of `out` are padded to whole vectors.
+def gather_values(values, first, ahead, soon, n, s, at, rows, e, out):
+    """out += sum over n keys of s[r * TILE + at + j] * value first + j, four rows at a time; `values` are addresses, `out` as `vector_of` says.
 
-    Each step over the keys calls for a part of what stands at the addresses `ahead`.
+    A short run of keys is read for four vectors of channels, then for the next.  The last run is whole, where s is 0 past n.  What stands at the
+    addresses ahead[soon + j] is called for meanwhile.
     """
-    step, size = lanes(s), s.itemsize
+    step, size = lanes(s), element_bytes(s)
     whole, wide = e // step * step, padded(e, s)
-    for r in range(0, rows, ROWS):
-        s0 = r * TILE
-        s1, s2, s3 = s0 + TILE, s0 + 2 * TILE, s0 + 3 * TILE
-        x = 0
-        while x < e:
-            o0 = r * wide + x
-            o1, o2, o3 = o0 + wide, o0 + 2 * wide, o0 + 3 * wide
-            if x + 2 * step <= whole:
-                a0, a1, b0, b1 = load(out, o0), load(out, o0 + step), load(out, o1), load(out, o1 + step)
-                c0, c1, d0, d1 = load(out, o2), load(out, o2 + step), load(out, o3), load(out, o3 + step)
-                for j in range(n):
-                    place = values[j] + x * size
-                    prefetch_at(ahead[j] + x * size)
-                    prefetch_at(ahead[j] + (x + step) * size)
+    for begin in range(0, n, SHORT):
+        for r in range(0, rows, ROWS):
+            s0 = r * TILE + at
+            s1, s2, s3 = s0 + TILE, s0 + 2 * TILE, s0 + 3 * TILE
+            x = 0
+            while x + 4 * step <= whole:
+                o0 = (r * wide) + ROWS * x
+                o1, o2, o3 = o0 + ROWS * step, o0 + 2 * ROWS * step, o0 + 3 * ROWS * step
+                a0, b0, c0, d0 = load(out, o0), load(out, o0 + step), load(out, o0 + 2 * step), load(out, o0 + 3 * step)
+                a1, b1, c1, d1 = load(out, o1), load(out, o1 + step), load(out, o1 + 2 * step), load(out, o1 + 3 * step)
+                a2, b2, c2, d2 = load(out, o2), load(out, o2 + step), load(out, o2 + 2 * step), load(out, o2 + 3 * step)
+                a3, b3, c3, d3 = load(out, o3), load(out, o3 + step), load(out, o3 + 2 * step), load(out, o3 + 3 * step)
+                value, later = address(values, first + begin), address(ahead, soon + begin)
+                for j in range(begin, begin + SHORT):  # a number that the compiler knows
+                    place, then = number_at(values, value) + x * size, number_at(ahead, later) + x * size
                     v0, v1 = load_at(s, place), load_at(s, place + step * size)
+                    v2, v3 = load_at(s, place + 2 * step * size), load_at(s, place + 3 * step * size)
+                    prefetch_at(then)
                     p = splat(s, s0 + j)
-                    a0, a1 = fma(p, v0, a0), fma(p, v1, a1)
+                    a0, a1, a2, a3 = fma(p, v0, a0), fma(p, v1, a1), fma(p, v2, a2), fma(p, v3, a3)
+                    prefetch_at(then + step * size)
                     p = splat(s, s1 + j)
-                    b0, b1 = fma(p, v0, b0), fma(p, v1, b1)
+                    b0, b1, b2, b3 = fma(p, v0, b0), fma(p, v1, b1), fma(p, v2, b2), fma(p, v3, b3)
+                    prefetch_at(then + 2 * step * size)
                     p = splat(s, s2 + j)
-                    c0, c1 = fma(p, v0, c0), fma(p, v1, c1)
+                    c0, c1, c2, c3 = fma(p, v0, c0), fma(p, v1, c1), fma(p, v2, c2), fma(p, v3, c3)
+                    prefetch_at(then + 3 * step * size)
                     p = splat(s, s3 + j)
-                    d0, d1 = fma(p, v0, d0), fma(p, v1, d1)
-                store(out, o0, a0)
-                store(out, o0 + step, a1)
-                store(out, o1, b0)
-                store(out, o1 + step, b1)
-                store(out, o2, c0)
-                store(out, o2 + step, c1)
-                store(out, o3, d0)
-                store(out, o3 + step, d1)
-                x += 2 * step
-                continue
-            a0, b0, c0, d0 = load(out, o0), load(out, o1), load(out, o2), load(out, o3)
-            for j in range(n):
-                place = values[j] + x * size
-                v0 = load_at(s, place) if x < whole else load_part_at(s, place, e - whole)
-                a0, b0 = fma(splat(s, s0 + j), v0, a0), fma(splat(s, s1 + j), v0, b0)
-                c0, d0 = fma(splat(s, s2 + j), v0, c0), fma(splat(s, s3 + j), v0, d0)
-            store(out, o0, a0)
-            store(out, o1, b0)
-            store(out, o2, c0)
-            store(out, o3, d0)
-            x += step
+                    d0, d1, d2, d3 = fma(p, v0, d0), fma(p, v1, d1), fma(p, v2, d2), fma(p, v3, d3)
+                    value += 8
+                    later += 8
+                put_four(out, o0, a0, b0, c0, d0)
+                put_four(out, o1, a1, b1, c1, d1)
+                put_four(out, o2, a2, b2, c2, d2)
+                put_four(out, o3, a3, b3, c3, d3)
+                x += 4 * step
+            while x < e:
+                o0 = r * wide + ROWS * x
+                a0, b0, c0, d0 = load(out, o0), load(out, o0 + step), load(out, o0 + 2 * step), load(out, o0 + 3 * step)
+                value, later = address(values, first + begin), address(ahead, soon + begin)
+                for j in range(begin, begin + SHORT):
+                    place = number_at(values, value) + x * size
+                    prefetch_at(number_at(ahead, later) + x * size)
+                    v0 = load_at(s, place) if x < whole else load_part_at(s, place, e - whole)
+                    a0, b0 = fma(splat(s, s0 + j), v0, a0), fma(splat(s, s1 + j), v0, b0)
+                    c0, d0 = fma(splat(s, s2 + j), v0, c0), fma(splat(s, s3 + j), v0, d0)
+                    value += 8
+                    later += 8
+                put_four(out, o0, a0, b0, c0, d0)
+                x += step
 
 
 @njit(error_model="numpy", cache=True)
-def gather_carefully(values, n, s, kept, rows, e, out):
+def put_four(a, at, x, y, z, t):
+    """Store four vectors."""
+    step = lanes(a)
+    store(a, at, x)
+    store(a, at + step, y)
+    store(a, at + 2 * step, z)
+    store(a, at + 3 * step, t)
+
+
+@njit(error_model="numpy", cache=True)
+def gather_carefully(values, first, n, s, kept, at, rows, e, out):
     """`gather_values`, for values that are not all finite: a key whose score was -inf is not read."""
-    wide, size = padded(e, s), s.itemsize
+    wide, step, size = padded(e, s), lanes(s), element_bytes(s)
     for r in range(rows):
         for j in range(n):
-            if kept[r * TILE + j] != -np.inf:
+            here = r * TILE + at + j
+            if kept[here] != -np.inf:
                 for x in range(e):
-                    out[r * wide + x] += s[r * TILE + j] * number_at(s, values[j] + x * size)
+                    out[vector_of(r, x // step * step, wide, s) + x % step] += s[here] * number_at(s, values[first + j] + x * size)
+
+
+@njit(error_model="numpy", cache=True)
+def ends(n, s):
+    """Where the last four vectors of n scores end."""
+    step = 4 * lanes(s)
+    return (n + step - 1) // step * step
 
 
 @njit(error_model="numpy", cache=True)
@@ -235,7 +295,7 @@ def finish_scores(inputs, how, b, g, group, rows, start, n, space):
     for r in range(rows):
         h, i, at = g * group + r % group, r // group, r * TILE
         if inputs.bias.size:
-            add_bias(inputs, how, b, h, i, start, s, at, n, space.bias)
+            add_bias(inputs, how, b, h, i, start, s, at, n, space.row)
         if how.mask_mod:
             for c in range(at, at + n):
                 if space.hidden[c] != 0.0:
@@ -247,105 +307,142 @@ def finish_scores(inputs, how, b, g, group, rows, start, n, space):
                     s[at + c] = -np.inf
         first, last = inputs.first[sequence[RANGE_AT] + i], inputs.last[sequence[RANGE_AT] + i]
         s[at : at + max(0, min(n, first - start))] = -np.inf
-        s[at + max(0, min(n, last - start)) : at + TILE] = -np.inf
+        s[at + max(0, min(n, last - start)) : at + ends(n, s)] = -np.inf
 
 
 @njit(error_model="numpy", cache=True)
-def exponentials(s, at, n, r, e, space):
-    """A row's weights in place of its scores, and what was gathered before shrunk to their scale."""
-    step, wide = lanes(s), padded(e, s)
-    most = load(s, at)
-    for j in range(step, n, step):
-        most = maximum(most, load(s, at + j))
-    old = space.top[r]
-    new = widest(maximum(most, fill(s, old)))
-    if new == -np.inf:
-        s[at : at + TILE] = 0.0
-        return
-    largest, factor, sum_of = fill(s, new), fill(s, LOG2_E), fill(s, 0.0)
-    for j in range(0, TILE, step):
-        x = exp2(mul(sub(load(s, at + j), largest), factor))
-        store(s, at + j, x)
-        sum_of = add(sum_of, x)
-    if old != new:
-        fade = math.exp(old - new)
-        space.sums[r] *= fade
-        shrink = fill(s, fade)
-        for x in range(r * wide, r * wide + wide, step):
-            store(space.gathered, x, mul(load(space.gathered, x), shrink))
-        space.top[r] = new
-    space.sums[r] += total(sum_of)
+def raise_tops(s, rows, n, top, tops):
+    """tops[r] = the larger of top[r] and a row's n scores."""
+    step, end = lanes(s), ends(n, s)
+    for r in range(rows):
+        m0 = m1 = m2 = m3 = fill(s, top[r])
+        for j in range(r * TILE, r * TILE + end, 4 * step):
+            m0, m1 = maximum(m0, load(s, j)), maximum(m1, load(s, j + step))
+            m2, m3 = maximum(m2, load(s, j + 2 * step)), maximum(m3, load(s, j + 3 * step))
+        tops[r] = widest(maximum(maximum(m0, m1), maximum(m2, m3)))
 
 
 @njit(error_model="numpy", cache=True)
-def find_tile(inputs, how, b, g, row, start, n, keys, values):
-    """Addresses of a tile's keys and values, the last repeated up to a multiple of four."""
-    find_keys(inputs.k, inputs.pages, how.page_size, b, g, row, start, n, keys)
-    find_keys(inputs.v, inputs.pages, how.page_size, b, g, row, start, n, values)
-    for j in range(n, (n + 3) // 4 * 4):
-        keys[j], values[j] = keys[n - 1], values[n - 1]
+def exponentials(s, rows, n, e, top, tops, sums, gathered):
+    """Weights in place of scores, whose tops are to become `tops`, and what was gathered before shrunk to their scale."""
+    step, wide, end = lanes(s), padded(e, s), ends(n, s)
+    factor = fill(s, LOG2_E)
+    for r in range(rows):
+        at, old, new = r * TILE, top[r], tops[r]
+        if new == -np.inf:
+            s[at : at + end] = 0.0
+            continue
+        largest, sum_of = fill(s, new), fill(s, 0.0)
+        for j in range(at, at + end, step):
+            x = exp2_below(mul(sub(load(s, j), largest), factor))
+            store(s, j, x)
+            sum_of = add(sum_of, x)
+        if old != new:
+            fade = math.exp(old - new)
+            sums[r] *= fade
+            shrink = fill(s, fade)
+            for x in range(0, wide, step):
+                place = vector_of(r, x, wide, s)
+                store(gathered, place, mul(load(gathered, place), shrink))
+            top[r] = new
+        sums[r] += total(sum_of)
+
+
+@njit(error_model="numpy", cache=True)
+def find_places(x, pages, page_size, b, g, row, first, last, n, places):
+    """Addresses of n keys from `first` on, of which the one before `last` stands for those that there are not."""
+    found = min(n, last - first)
+    find_keys(x, pages, page_size, b, g, row, first, found, places)
+    for j in range(found, n):
+        places[j] = places[found - 1]
+
+
+@njit(error_model="numpy", cache=True)
+def decode_part(places, first, ahead, n, code, tables, d, target):
+    """Rows first, first + 1, ... of a table of addresses in the kernel's format; rows that many later are called for."""
+    width = d * bytes_of(code, target)
+    for j in range(first, first + n):
+        call_for(places, j + ahead, 1, 0, width)
+        decode_row(places[j], code, tables, d, target, (j - first) * (d + PAD))
+
+
+@njit(error_model="numpy", cache=True)
+def rows_ahead(width):
+    """How many rows of so many bytes to call for before they are read: about 6 KiB, what is under way from memory at any time."""
+    return min(4 + 4096 // width, MOST_AHEAD)
 
 
 @njit(error_model="numpy", inline="always")
 def stretch(b, g, c, group, inputs, how, careful, slot, partial, space):
-    """One task: partial[slot, row] = (values gathered, largest score, sum of exponentials) of a stretch."""
+    """One task: partial[slot, row] = (values gathered, padded; largest score; sum of exponentials) of a stretch; returns whether all are finite."""
     sequence, s = inputs.sequences[b], space.s
     n_q, n_keys, d, e = sequence[N_Q], sequence[N_K], how.d, how.e
     rows, wide_d, wide_e = group * n_q, padded(how.d, s), padded(how.e, s)
+    padded_rows = (rows + ROWS - 1) // ROWS * ROWS
     for r in range(rows):
         place = address(inputs.q, (sequence[Q_BATCH], g * group + r % group, sequence[Q_ROW] + r // group, 0))
-        decode_row(place, how.q_code, inputs.tables, d, space.queries, r * wide_d)
+        decode_row(place, how.q_code, inputs.tables, d, space.row, 0)
+        for x in range(0, wide_d, lanes(s)):
+            store(space.queries, vector_of(r, x, wide_d, s), load(space.row, x))
         space.heads[r], space.numbers[r] = g * group + r % group, r // group
-    space.queries[rows * wide_d : (rows + ROWS) * wide_d] = 0.0
-    space.gathered[: rows * wide_e] = 0.0
+    space.gathered[: padded_rows * wide_e] = 0.0
     space.top[:rows] = -np.inf
     space.sums[:rows] = 0.0
     low, high = n_keys, 0
     for i in range(n_q):
         low, high = min(low, inputs.first[sequence[RANGE_AT] + i]), max(high, inputs.last[sequence[RANGE_AT] + i])
     low, high = max(low, c * STRETCH), min(high, (c + 1) * STRETCH, n_keys)
-    row, keys, vals = sequence[K_ROW], space.key_places, space.value_places
-    if low < high:
-        find_tile(inputs, how, b, g, row, low, min(TILE, high - low), space.next_keys, space.next_values)
-    for start in range(low, high, TILE):
-        n = min(TILE, high - start)
-        for j in range(TILE):
-            keys[j], vals[j] = space.next_keys[j], space.next_values[j]
-        if start + TILE < high:
-            find_tile(inputs, how, b, g, row, start + TILE, min(TILE, high - start - TILE), space.next_keys, space.next_values)
+    row, k_bytes, v_bytes = sequence[K_ROW], bytes_of(how.k_code, s), bytes_of(how.v_code, s)
+    k_ahead, v_ahead = rows_ahead(d * k_bytes), rows_ahead(e * v_bytes)
+    tile = MAPPED_TILE if inputs.blocks.size else TILE
+    for start in range(low, high, tile):
+        n = min(tile, high - start)
         if how.mask_mod and mapped(inputs.blocks, how, b, g, group, 0, n_q - 1, start, start + n) == 0:
             continue
-        if how.k_code != SAME:
-            decode_rows(keys, n, how.k_code, inputs.tables, d, space.keys, d + PAD)
-            point_to(space.keys, (n + 3) // 4 * 4, d + PAD, keys)
-        dot_products(keys, vals, n, space.queries, rows, d, s)
+        places = space.key_places
+        find_places(inputs.k, inputs.pages, how.page_size, b, g, row, start, n_keys, n + SHORT + k_ahead, places)
+        if how.k_code == SAME:
+            dot_products(places, START, places, k_ahead, n, space.queries, rows, d, s, START)
+        for part in range(0, n if how.k_code != SAME else 0, PART):
+            m = min(PART, n - part)
+            decode_part(places, part, k_ahead, m, how.k_code, inputs.tables, d, space.keys)
+            dot_products(space.key_rows, START, space.key_rows, START, m, space.queries, rows, d, s, part)
         finish_scores(inputs, how, b, g, group, rows, start, n, space)
         if careful:
             copy(s, START, space.kept, rows * TILE)
-        for r in range(rows):
-            exponentials(s, r * TILE, n, r, e, space)
-        s[rows * TILE :] = 0.0
-        if how.v_code != SAME:
-            decode_rows(vals, n, how.v_code, inputs.tables, e, space.values, e + PAD)
-            point_to(space.values, n, e + PAD, vals)
-        if careful:
-            gather_carefully(vals, n, s, space.kept, rows, e, space.gathered)
-        else:
-            gather_values(vals, space.next_keys, n, s, rows, e, space.gathered)
-    finite = True
+        places = space.value_places
+        find_places(inputs.v, inputs.pages, how.page_size, b, g, row, start, n_keys, n + SHORT + v_ahead, places)
+        call_for(places, v_ahead // 2, v_ahead, 0, e * v_bytes)  # those before have been
+        raise_tops(s, rows, n, space.top, space.tops)
+        exponentials(s, rows, n, e, space.top, space.tops, space.sums, space.gathered)
+        s[rows * TILE : padded_rows * TILE] = 0.0
+        if how.v_code == SAME and not careful:
+            gather_values(places, START, places, v_ahead, n, s, START, rows, e, space.gathered)
+            continue
+        for part in range(0, n, PART):
+            m, own, first = min(PART, n - part), places, part
+            if how.v_code != SAME:
+                decode_part(places, part, v_ahead, m, how.v_code, inputs.tables, e, space.values)
+                own, first = space.value_rows, 0
+            if careful:
+                gather_carefully(own, first, m, s, space.kept, part, rows, e, space.gathered)
+            else:
+                gather_values(own, first, own, first, m, s, part, rows, e, space.gathered)
+    odd = fill(s, 0.0)
     for r in range(rows):
-        for x in range(e):
-            partial[slot, r, x] = space.gathered[r * wide_e + x]
-            finite = finite and math.isfinite(space.gathered[r * wide_e + x])
-        partial[slot, r, e], partial[slot, r, e + 1] = space.top[r], space.sums[r]
-    return finite
+        for x in range(0, wide_e, lanes(s)):
+            y = load(space.gathered, vector_of(r, x, wide_e, s))
+            store(partial, (slot, r, x), y)
+            odd = add(odd, sub(y, y))
+        partial[slot, r, wide_e], partial[slot, r, wide_e + 1] = space.top[r], space.sums[r]
+    return total(odd) == 0.0
 
 
 @njit(error_model="numpy", cache=True)
 def merge(b, g, kv_heads, inputs, partial, out, lse):
-    """All stretches of one sequence and key-value head."""
-    sequence = inputs.sequences[b]
-    e, group = out.shape[3], out.shape[1] // kv_heads
+    """All stretches of one sequence and key-value head, added in the place of the first."""
+    sequence, step = inputs.sequences[b], lanes(partial)
+    e, wide, group = out.shape[3], padded(out.shape[3], partial), out.shape[1] // kv_heads
     own = inputs.sequences[b + 1, BLOCKS_BEFORE] - sequence[BLOCKS_BEFORE]
     begin = sequence[BLOCKS_BEFORE] * kv_heads + g * own
     batch, n_q = sequence[Q_BATCH], sequence[N_Q]
@@ -353,22 +450,23 @@ def merge(b, g, kv_heads, inputs, partial, out, lse):
         h, i = g * group + r % group, sequence[Q_ROW] + r // group
         top = inputs.sinks[h]
         for c in range(begin, begin + own):
-            if not partial[c, r, e] <= top:  # NaN must win
-                top = partial[c, r, e]
-        for x in range(e):
-            out[batch, h, i, x] = 0.0
-        if top == -np.inf:
+            if not partial[c, r, wide] <= top:  # NaN must win
+                top = partial[c, r, wide]
+        if own == 0 or top == -np.inf:
+            for x in range(e):
+                out[batch, h, i, x] = 0.0
             lse[batch, h, i] = top
             continue
         sum_of = math.exp(inputs.sinks[h] - top)
         for c in range(begin, begin + own):
-            if partial[c, r, e] != -np.inf or math.isnan(top):
-                weight = out.dtype.type(math.exp(partial[c, r, e] - top))
-                sum_of += weight * partial[c, r, e + 1]
-                for x in range(e):
-                    out[batch, h, i, x] += weight * partial[c, r, x]
+            weight = out.dtype.type(math.exp(partial[c, r, wide] - top))
+            sum_of += weight * partial[c, r, wide + 1]
+            times = fill(partial, weight)
+            for x in range(0, wide, step):
+                y = mul(times, load(partial, (c, r, x)))
+                store(partial, (begin, r, x), y if c == begin else add(load(partial, (begin, r, x)), y))
         for x in range(e):
-            out[batch, h, i, x] /= sum_of
+            out[batch, h, i, x] = partial[begin, r, x] / sum_of
         lse[batch, h, i] = top + math.log(sum_of)
 
 
@@ -382,6 +480,7 @@ def take_tasks(inputs, how, partial, out, counter):
     task, again = take(counter), False
     while task < partial.shape[0]:
         b, g, c, own = find_block(task, kv_heads, inputs.sequences, how.heads_first)
+        c = own - 1 - c  # in the order of memory
         slot = inputs.sequences[b, BLOCKS_BEFORE] * kv_heads + g * own + c
         finite = stretch(b, g, c, group, inputs, how, again, slot, partial, space)
         again = not finite and not again
@@ -407,7 +506,7 @@ def merge_all(inputs, partial, out, lse):
 def decode(q, k, v, bias, mask, sinks, first, last, sequences, pages, tables, blocks, how, out, lse):
     """On this thread."""
     inputs = Inputs(q, k, v, bias, mask, sinks, first, last, sequences, pages, tables, blocks)
-    partial = np.empty((sequences[-1, BLOCKS_BEFORE] * k.shape[1], how.block_rows, how.e + 2), out.dtype)
+    partial = np.empty((sequences[-1, BLOCKS_BEFORE] * k.shape[1], how.block_rows, padded(how.e, out) + 2), out.dtype)
     take_tasks(inputs, how, partial, out, np.zeros(1, np.int64))
     merge_all(inputs, partial, out, lse)
 
@@ -415,7 +514,7 @@ def decode(q, k, v, bias, mask, sinks, first, last, sequences, pages, tables, bl
 def decode_parallel(q, k, v, bias, mask, sinks, first, last, sequences, pages, tables, blocks, how, out, lse, threads):
     """On several threads; the same bits."""
     counter = np.zeros(1, np.int64)
-    partial = np.empty((sequences[-1, BLOCKS_BEFORE] * k.shape[1], how.block_rows, how.e + 2), out.dtype)
+    partial = np.empty((sequences[-1, BLOCKS_BEFORE] * k.shape[1], how.block_rows, padded(how.e, out) + 2), out.dtype)
     for _ in prange(threads):
         worker(Inputs(q, k, v, bias, mask, sinks, first, last, sequences, pages, tables, blocks), how, partial, out, counter)
     merge_all(Inputs(q, k, v, bias, mask, sinks, first, last, sequences, pages, tables, blocks), partial, out, lse)

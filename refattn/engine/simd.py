@@ -4,7 +4,7 @@ A vector is one register of float32 or float64 lanes.  It is an ordinary value i
 them named in a loop is a register block.  Every operation is an intrinsic that becomes one or a few instructions on any target LLVM knows;
 only the width is chosen for the host.
 
-    lanes(a)                    lanes of a vector of a's elements, a constant to the compiler
+    lanes(a), element_bytes(a)  lanes of a vector of a's elements, and bytes of one; constants to the compiler
     load(a, at)                 consecutive elements from index `at` on; any alignment
     store(a, at, v)
     splat(a, at)                one element in every lane
@@ -152,6 +152,12 @@ def lanes(typingctx, a):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def element_bytes(typingctx, a):  # type: ignore[no-untyped-def]
+    """`a.itemsize`, which the compiler does not know."""
+    return types.int64(a), lambda context, builder, signature, args: ir.Constant(_I64, _BYTES[a.dtype])
+
+
+@intrinsic
 def load(typingctx, a, at):  # type: ignore[no-untyped-def]
     kind = VecType(a.dtype)
 
@@ -209,7 +215,7 @@ def number_at(typingctx, a, place):  # type: ignore[no-untyped-def]
     """One element of a's type that stands at an address."""
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.load(builder.inttoptr(args[1], _LL[a.dtype].as_pointer()), align=1)
+        return builder.load(builder.inttoptr(args[1], context.get_value_type(a.dtype).as_pointer()), align=1)
 
     return a.dtype(a, types.int64), emit
 
@@ -326,7 +332,7 @@ def store_totals(typingctx, s, at, row_step, vectors):  # type: ignore[no-untype
         together = min(4, kind.count)
         done = 0
         for first in range(0, len(given), kind.count):
-            summed = _totals(builder, list(given[first : first + kind.count]))
+            summed = _totals(builder, list(given[first : first + kind.count]), element)
             for lane in range(0, kind.count, together):
                 part = builder.shuffle_vector(summed, summed, ir.Constant(ir.VectorType(_I32, together), [lane + n for n in range(together)]))
                 offset = builder.add(builder.mul(between_rows, ir.Constant(_I64, done // 4)), ir.Constant(_I64, done % 4 * element))
@@ -337,13 +343,18 @@ def store_totals(typingctx, s, at, row_step, vectors):  # type: ignore[no-untype
     return types.void(s, at, row_step, vectors), emit
 
 
-def _totals(builder: ir.IRBuilder, vectors: list[Any]) -> Any:
-    """A vector whose lane l is the sum of the lanes of vector l: neighbours are added, and halves of two vectors joined, until one is left."""
-    count = len(vectors)
-    even, odd = (ir.Constant(ir.VectorType(_I32, count), [2 * n + which for n in range(count)]) for which in (0, 1))
+def _totals(builder: ir.IRBuilder, vectors: list[Any], element: int) -> Any:
+    """A vector whose lane l is the sum of the lanes of vector l: neighbours are added, and halves of two vectors joined, until one is left.
+
+    First lanes are neighbours, inside each 16 bytes, where processors move them cheaply; then every 16 bytes are one lane.
+    """
+    count, inside = len(vectors), 16 // element
     while len(vectors) > 1:
+        unit, row = (1, inside) if len(vectors) * inside > count else (inside, count)  # lanes that move together, and what they move in
+        even = [n // row * row + n % (row // 2) // unit * 2 * unit + n % unit + count * (n % row >= row // 2) for n in range(count)]
+        orders = [ir.Constant(ir.VectorType(_I32, count), [n + odd for n in even]) for odd in (0, unit)]
         pairs = [(vectors[n], vectors[n + 1]) for n in range(0, len(vectors), 2)]
-        vectors = [builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd)) for a, b in pairs]
+        vectors = [builder.fadd(*(builder.shuffle_vector(a, b, order) for order in orders)) for a, b in pairs]
     return vectors[0]
 
 

@@ -20,6 +20,7 @@ from .simd import (
     lanes,
     load_at,
     load_part_at,
+    prefetch_at,
     store,
     sub,
     total,
@@ -85,10 +86,18 @@ def find_keys(x, pages, page_size, b, g, row, first, n, places):
         page = (first + r) // page_size
         inside = first + r - page * page_size
         run = min(n - r, page_size - inside)
-        start, stride = address(x, (pages[b, page], g, row + inside, 0)), x.strides[2]
+        start, stride, found = address(x, (pages[b, page], g, row + inside, 0)), x.strides[2], places[r : r + run]
         for here in range(run):
-            places[r + here] = start + here * stride
+            found[here] = start + here * stride
         r += run
+
+
+@njit(error_model="numpy", cache=True)
+def call_for(places, first, n, begin, end):
+    """Bytes begin to end of n rows will be read soon."""
+    for r in range(first, first + n):
+        for x in range(begin, end, 64):
+            prefetch_at(places[r] + x)
 
 
 @njit(error_model="numpy", cache=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ class Diagnosis:
         Smallest error / tolerance of what is not consistent; infinite where there is nothing.
     hypotheses, calls : int
         How many were tried, on how many calls.
-    blind_spots : tuple of Fault
+    blind_spots : sequence of Fault
         Faults the calls could not have shown.
     """
 
@@ -79,7 +79,7 @@ class Diagnosis:
     runner_up: float = np.inf
     hypotheses: int = 0
     calls: int = 0
-    blind_spots: tuple[Fault, ...] = ()
+    blind_spots: Sequence[Fault] = ()
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,14 @@ class Growth:
         Largest error / tolerance of the output at each.
     exponent : float
         Slope of log error over log keys (about 0.5 or less: independent roundings; about 1: they add up).
+    absolute : tuple of float
+        Largest error of the output itself at each, which the exponent is of.
     """
 
     keys: tuple[int, ...]
     errors: tuple[float, ...]
     exponent: float
+    absolute: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,12 @@ _PHRASES = {
     "query": ("is query {} or a later one", "is a query before {}", "is query {}", "query index"),
     "from the end": ("is {} or more queries before the last", "is fewer than {} queries before the last", "is {} queries before the last", ""),
     "head": ("is of query head {} or a later one", "is of a query head before {}", "is of query head {}", "query head"),
+    "place in group": (
+        "is of a query head at place {} or later among those that share a key-value head",
+        "is of a query head before place {} among those that share a key-value head",
+        "is of the query head at place {} among those that share a key-value head",
+        "",
+    ),
     "kv head": ("reads key-value head {} or a later one", "reads a key-value head before {}", "reads key-value head {}", ""),
     "batch": ("is of batch {} or a later one", "is of a batch before {}", "is of batch {}", ""),
     "visible keys": ("sees {} keys or more", "sees fewer than {} keys", "sees {} keys", "number of visible keys"),
@@ -69,7 +75,9 @@ _PHRASES = {
     "longer": ("is in a call with S - T at least {}", "is in a call with S - T below {}", "is in a call with S - T = {}", ""),
 }
 _MODULI = (2, 4, 8, 16, 32, 64)
+_TILES = (8, 16, 32, 64, 128)
 _CALL = "with "  # begins the facts that are one truth for a whole call
+_ROW = ": "  # begins those that are whole statements about a row
 
 
 def localise(cases: Sequence[Case]) -> Finding | None:
@@ -92,14 +100,18 @@ def localise(cases: Sequence[Case]) -> Finding | None:
 
 
 def channels(case: Case) -> str:
-    """Which channels of the failing rows fail, where it is not all of them."""
+    """Which channels of the failing rows fail, where it is not all of them: a run, every so many, or a list."""
     ratios = case.ratios.get("out")
     if ratios is None or ratios.ndim < 2 or not ratios.size:
         return ""
     failing = np.flatnonzero((ratios > 1).any(axis=tuple(range(ratios.ndim - 1))))
     if not len(failing) or len(failing) > 0.75 * ratios.shape[-1]:
         return ""
-    together = len(failing) > 1 and len(failing) == failing[-1] - failing[0] + 1
+    steps = set(np.diff(failing).tolist())
+    step = steps.pop() if len(steps) == 1 else 0
+    if step > 1 and len(failing) > 2 and failing[0] < step and failing[-1] + step >= ratios.shape[-1]:
+        return f"only channels of index {failing[0]} modulo {step} of {ratios.shape[-1]} differ"
+    together = step == 1
     listed = ", ".join(map(str, failing[:8])) + (", ..." if len(failing) > 8 else "")
     run = f"{failing[0]} to {failing[-1]}" if together else listed
     return f"only channels {run} of {ratios.shape[-1]} differ"
@@ -113,18 +125,23 @@ def _rows(case: Case) -> dict[str, np.ndarray] | None:
     dims = case.problem.dims
     n_k = dims.get("S", n_q)
     b, h, i = np.indices(failing.shape)
+    group = max(1, heads // max(1, dims.get("Hkv", heads)))
     table = {
         "fails": failing,
         "query": i,
         "from the end": n_q - 1 - i,
         "head": h,
-        "kv head": h // max(1, heads // dims.get("Hkv", heads)),
+        "place in group": h % group,
+        "kv head": h // group,
         "batch": b,
         "keys": np.full_like(i, n_k),
         "queries": np.full_like(i, n_q),
         "longer": np.full_like(i, n_k - n_q),
     }
     table |= {_CALL + text: np.full(i.shape, holds) for text, holds in _call(case.problem)}
+    table |= {_ROW + f"is in the last, partial tile of {m} queries": (i >= n_q // m * m) & (n_q > m) for m in _TILES}
+    partial = {m: n_k % m > 0 and n_k > m for m in _TILES}
+    table |= {_ROW + f"is in a call of more than {m} keys whose last tile of {m} is partial": np.full(i.shape, holds) for m, holds in partial.items()}
     weights = case.truth.get("weights")
     if weights is not None and weights.size == failing.size * n_k:  # not where rows mix heads, after an output projection
         weights = weights.reshape(batch, heads, n_q, n_k) if n_k else np.zeros((batch, heads, n_q, 1))
@@ -167,6 +184,7 @@ def _statements(rows: dict[str, np.ndarray], fails: np.ndarray) -> Iterator[tupl
     calls = sorted((name for name in rows if name.startswith(_CALL)), key=lambda name: "=" in name)
     yield from ((f"is in a call {name}", rows[name]) for name in calls)
     yield from ((f"is in a call without {name.removeprefix(_CALL)}", ~rows[name]) for name in calls)
+    whole = [(name.removeprefix(_ROW), x) for name, x in rows.items() if name.startswith(_ROW)]
     named = [(phrases, rows[name]) for name, phrases in _PHRASES.items() if name in rows]
     for (at_least, below, _, _), x in named:
         for n in _edges(x, fails):
@@ -180,6 +198,7 @@ def _statements(rows: dict[str, np.ndarray], fails: np.ndarray) -> Iterator[tupl
             yield f"has a {fact} that is no multiple of {m}", x % m != 0
             for r in np.unique(x[fails] % m)[:2]:
                 yield f"has a {fact} of {r} modulo {m}", x % m == r
+    yield from whole
 
 
 def _numbered(phrase: str, n: int) -> str:
