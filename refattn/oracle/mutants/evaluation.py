@@ -417,7 +417,7 @@ def in_sight(problem: Problem, plan: Plan, reading: Reading) -> np.ndarray:
     if causal:
         last = queries + offset + reading.causal_offset  # the last key seen
         if reading.causal_multiple > 1:
-            last = np.maximum((last + 1) // reading.causal_multiple * reading.causal_multiple, reading.causal_least) - 1
+            last = np.minimum(last, np.maximum((last + 1) // reading.causal_multiple * reading.causal_multiple, reading.causal_least) - 1)
         seen = keys <= last
     if reading.causal == "also top left":
         seen = seen & (ahead <= 0)
