@@ -677,6 +677,7 @@ def test_everything_here_and_the_kernels_hold_at_other_register_widths(bytes_, t
     sizes = [f"{here / 'test_engine.py'}::test_every_size_gives_what_the_definition_gives[{n}-float32]" for n in (2, 49)]
     options = ["-q", "-p", "no:cacheprovider", "-k", "not other_register_widths and not proved and not all_over_its_range"]
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}  # the cache does not know the width
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # refattn is imported before pytest could rewrite its plugin
     tests = [str(here / f"test_{name}.py") for name in ("simd", "stored", "weights")]
     command = [sys.executable, "-c", code, *options, *tests, *sizes]
     run = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True, check=False)
