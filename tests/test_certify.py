@@ -6,6 +6,7 @@ import subprocess
 import sys
 from fractions import Fraction
 
+import flint
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ import pytest
 import refattn as ra
 from refattn.exact import trusted
 
-flint = pytest.importorskip("flint", reason="the judge of these tests is Arb: pip install 'refattn[exact]'")
 arb = flint.arb
 
 pytestmark = pytest.mark.compiled

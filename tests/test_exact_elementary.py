@@ -9,6 +9,7 @@ import math
 import struct
 from fractions import Fraction
 
+import flint
 import numpy as np
 import pytest
 from numba import njit
@@ -16,7 +17,6 @@ from numba import njit
 from refattn.exact import double_double as dd
 from refattn.exact import elementary, lanes
 
-flint = pytest.importorskip("flint", reason="the proof is made of Arb balls: pip install 'refattn[exact]'")
 arb = flint.arb
 pytestmark = pytest.mark.compiled
 U = Fraction(1, 2**53)

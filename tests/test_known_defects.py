@@ -1,5 +1,8 @@
 """Public implementations that compute something else than what they are taken for: the judge sees it, and says what it is."""
 
+import importlib
+import warnings
+
 import pytest
 from known_defects import DEFECTS
 
@@ -12,8 +15,10 @@ CASES = [pytest.param(defect, id=name) for name, defect in DEFECTS.items()]
 
 @pytest.fixture
 def defect(request):
-    for package in request.param.packages:
-        pytest.importorskip(package)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what others warn of while they are imported is theirs
+        for package in request.param.packages:
+            importlib.import_module(package)
     return request.param
 
 
