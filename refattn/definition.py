@@ -18,7 +18,7 @@ import numpy as np
 
 from . import entrywise
 from .costs import flops
-from .problem import Problem, split
+from .problem import Problem, output_shape, part_of, split
 from .spec import Operand, Param, Variant, shape
 
 #: Below this many floating-point operations a definition runs as plain Python, and Numba is not even imported.
@@ -33,7 +33,7 @@ def run(problem: Problem, arrays: Arrays | None = None) -> dict[str, np.ndarray]
     Of sequences of different lengths, the outputs asked for.
     """
     if problem.sequences is not None:
-        return joined(problem, ((rows, run(one)) for one, rows in split(problem)))
+        return joined(problem, (run(one) for one in split(problem)))
     tiny = flops(problem) <= PLAIN_PYTHON_FLOPS
     return runner(problem, problem.variant.define if tiny else compiled(problem.variant))(problem.arrays if arrays is None else arrays)
 
@@ -67,13 +67,13 @@ def raw_scores(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
         return _scores(problem, define)(problem.arrays), _seen(problem, define)
 
 
-def joined(problem: Problem, parts: Iterable[tuple[tuple[slice, ...], Mapping[str, np.ndarray]]]) -> dict[str, np.ndarray]:
-    """The outputs a problem of several sequences returns, from those of each and where its rows lie."""
+def joined(problem: Problem, parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The outputs a problem of several sequences returns, from those of each."""
     axes = {o.name: o.axes for o in problem.variant.outputs}
-    found = {name: np.zeros(shape(axes[name], problem.dims)) for name in problem.returns}
-    for rows, outputs in parts:
+    found = {name: np.zeros(output_shape(problem, axes[name])) for name in problem.returns}
+    for n, outputs in enumerate(parts):
         for name, x in found.items():
-            x[rows] = outputs[name]
+            x[part_of(problem, n, name)] = outputs[name]
     return found
 
 

@@ -22,7 +22,7 @@ import math
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -35,8 +35,7 @@ from . import definition, precision
 from .costs import flops
 from .errors import DtypeError, ShapeError
 from .foreign import as_numpy
-from .problem import Problem, from_layout, spelled, split, to_layout
-from .sequences import Packed, rows
+from .problem import Problem, from_layout, part_of, spelled, split, to_layout
 from .spec import Operand, shape, size
 
 #: Evaluations an element usually takes: itself, the first stencil of eight, and four halvings of two.
@@ -83,7 +82,7 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray]) -> Gradien
     names = [o.name for o in problem.variant.operands if o.kind == "real" and o.name in problem.given]
     cotangents = {name: np.ascontiguousarray(x, np.float64) for name, x in cotangents.items()}
     if problem.sequences is not None:
-        return _each_sequence(problem, cotangents, names)
+        return _each_sequence(problem, cotangents)
     values, errors = {}, {}
     with _progress(problem, sum(problem.given[name].size for name in names)) as done:
         for name in names:
@@ -97,19 +96,25 @@ def work(problem: Problem) -> float:
     return float(USUAL_EVALUATIONS * elements * flops(problem))
 
 
-def _each_sequence(problem: Problem, cotangents: Mapping[str, np.ndarray], names: list[str]) -> Gradients:
-    """Gradients of packed sequences: of q, k and v where each lies, of operands they share the sum."""
-    places = problem.sequences
-    assert isinstance(places, Packed)
-    values, errors = ({"d_" + name: np.zeros(problem.given[name].shape) for name in names} for _ in range(2))
-    for n, (one, queries) in enumerate(split(problem)):
-        found = gradients(one, {name: x[queries] for name, x in cotangents.items()})
-        keys = rows(places.cu_seqlens_k, n)
-        where = {"d_q": queries, "d_k": keys, "d_v": keys}
-        for total, part in ((values, found.values), (errors, found.errors)):
-            for name, x in part.items():
-                total[name][where.get(name, ...)] += x
-    return Gradients(MappingProxyType(values), MappingProxyType(errors))
+def _each_sequence(problem: Problem, cotangents: Mapping[str, np.ndarray]) -> Gradients:
+    """Gradients of packed sequences: of operands with tokens where each lies, of operands they share the sum."""
+    found = [gradients(one, cotangents_of(problem, n, cotangents)) for n, one in enumerate(split(problem))]
+    return Gradients(joined(problem, [x.values for x in found]), joined(problem, [x.errors for x in found]))
+
+
+def cotangents_of(problem: Problem, n: int, cotangents: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of sequence n."""
+    return {name: x[part_of(problem, n, name)] for name, x in cotangents.items()}
+
+
+def joined(problem: Problem, parts: Iterable[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    """Gradients, or errors of them, from those of each sequence."""
+    real = (o.name for o in problem.variant.operands if o.kind == "real" and o.name in problem.given)
+    found = {"d_" + name: np.zeros(problem.given[name].shape) for name in real}
+    for n, values in enumerate(parts):
+        for name, x in values.items():
+            found[name][part_of(problem, n, name)] += x
+    return MappingProxyType(found)
 
 
 def check_cotangent(problem: Problem, output: str, value: Any) -> np.ndarray:
@@ -139,7 +144,8 @@ def release(problem: Problem, found: Gradients) -> Any:
     """The gradients as a named tuple in the caller's layout, each in its operand's dtype; ``errors`` on it holds the estimates, float64."""
 
     def in_layout(name: str, x: np.ndarray) -> np.ndarray:
-        return x if problem.layout == "BHTD" else np.ascontiguousarray(to_layout(problem.variant.operand(name[2:]).axes, x, problem.layout))
+        axes = problem.variant.operand(name[2:]).axes
+        return x if problem.layout == "BHTD" else np.ascontiguousarray(to_layout(axes, x, problem.layout, operand=True))
 
     dtypes = {"d_" + name: x.dtype.newbyteorder("=") for name, x in problem.given.items()}
     rounded = {name: precision.round_to(in_layout(name, x), dtypes[name]) for name, x in found.values.items()}

@@ -19,9 +19,11 @@ from .foreign import as_numpy
 from .functions import KEYWORDS as FUNCTION_KEYWORDS
 from .functions import Functions, bind_functions
 from .sequences import Packed, Paged, Sequences
-from .spec import MAY_BE_EMPTY, Dims, Integer, Operand, Plan, Variant, shape, size
+from .spec import MAY_BE_EMPTY, Dims, Integer, Operand, Output, Plan, Recurrence, Variant, shape, size
 
 LAYOUTS = ("BHTD", "BTHD")
+#: Axis of what packed sequences carry, each its own.
+SEQUENCES = "sequences"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Problem:
     def plan(self) -> Plan | None:
         """The variant as data, where it is one; of sequences, as if they were one call."""
         return None if self.variant.plan is None else self.variant.plan(self.dims, self.params)
+
+    @functools.cached_property
+    def recurrence(self) -> Recurrence | None:
+        """The variant as data, where it is one of those."""
+        return None if self.variant.recurrence is None else self.variant.recurrence(self.dims, self.params)
 
     @functools.cached_property
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -118,15 +125,15 @@ def bind(
     operands, options = _sort_arguments(variant, arrays, keywords)
     if places is not None:
         _check_sequenced(variant, places, operands, wanted)
-    axes = _axes(variant, isinstance(places, Paged))
+    axes = _axes(variant, layout if isinstance(places, Packed) else "pages" if places else "")
     given = {o.name: _operand(variant, o, operands[o.name], axes[o.name], layout) for o in variant.operands if operands.get(o.name) is not None}
     try:
-        dims = _dims(variant, given, axes)
+        dims = _dims(variant, given, axes, places)
     except ShapeError as mismatch:
         raise ShapeError(f"{mismatch}{'' if places else _other_layout(variant, given, layout)}") from None
     if places is not None:
-        most = sequences.check(variant.name, places, given)
-        dims = {axis: dims.get(axis, most) for axis in variant.axes}
+        most = sequences.check(variant.name, places, given, axes)
+        dims = {axis: dims.get(axis, most) for axis in (*variant.axes, *({SEQUENCES} & dims.keys()))}
     params = _params(variant, options)
     required = {o.name: given[o.name].dtype.newbyteorder("=") for o in variant.operands if o.kind == "real" and not o.optional}
     functions = bind_functions(variant, mods, None if places else dims) if mods else None
@@ -177,31 +184,42 @@ def output_dtype(problem: Problem, name: str) -> np.dtype:
     return np.dtype(np.float32) if output.wide and problem.dtype.itemsize < 4 else problem.dtype
 
 
-def from_layout(axes: str, x: np.ndarray, layout: str) -> np.ndarray:
-    """An array of the caller's layout in BHTD: heads and sequence change places wherever it has both and a width; packed ones get a batch."""
+def from_layout(axes: str, x: np.ndarray, layout: str, operand: bool = False) -> np.ndarray:
+    """An array of the caller's layout in BHTD: heads and tokens change places wherever it has both and a width; packed ones get a batch.
+
+    An operand's do without a width too, a gate's [B, T, H]; outputs without, such as a log-sum-exp, are [B, H, T] in every layout.
+    """
     if layout == "BHTD":
         return x
-    if layout == "THD":
-        x = x[None] if axes.startswith("B ") else x
-    return np.swapaxes(x, 1, 2) if _has_layout(axes) else x
+    if _in_one_batch(axes, layout):
+        x = x[None]
+    return np.swapaxes(x, 1, 2) if _has_layout(axes, operand) else x
 
 
-def to_layout(axes: str, x: np.ndarray, layout: str) -> np.ndarray:
+def to_layout(axes: str, x: np.ndarray, layout: str, operand: bool = False) -> np.ndarray:
     """An array of BHTD in the caller's layout."""
     if layout == "BHTD":
         return x
-    x = np.swapaxes(x, 1, 2) if _has_layout(axes) else x
-    return x[0] if layout == "THD" and axes.startswith("B ") else x
+    x = np.swapaxes(x, 1, 2) if _has_layout(axes, operand) else x
+    return x[0] if _in_one_batch(axes, layout) else x
 
 
-def spelled(axes: str, layout: str) -> str:
+def spelled(axes: str, layout: str, operand: bool = False) -> str:
     """The shape string as the caller of that layout writes it."""
     names = axes.split()
-    if layout != "BHTD" and _has_layout(axes):
+    if layout != "BHTD" and _has_layout(axes, operand):
         names[1], names[2] = names[2], names[1]
-    if layout == "THD" and names[0] == "B":
+    if _in_one_batch(axes, layout):
         names = names[1:]
+    elif layout == "THD" and _each_its_own(axes):
+        names[0] = SEQUENCES
     return " ".join(names)
+
+
+def output_shape(problem: Problem, axes: str) -> tuple[int, ...]:
+    """Sizes of an output of those axes, BHTD."""
+    carried = problem.layout == "THD" and not _in_one_batch(axes, problem.layout)
+    return shape(spelled(axes, problem.layout) if carried else axes, problem.dims)
 
 
 def sequence_dims(problem: Problem) -> list[dict[str, int]]:
@@ -214,27 +232,45 @@ def sequence_dims(problem: Problem) -> list[dict[str, int]]:
     return [{**problem.dims, "B": 1, "T": n_q, "S": n_k} for n_q, n_k in sizes]
 
 
-def split(problem: Problem) -> list[tuple[Problem, tuple[slice, ...]]]:
-    """Each sequence as a dense problem of its own, and where its rows lie in outputs of axes B H T (and a width)."""
-    places, given = problem.sequences, problem.given
+def split(problem: Problem) -> list[Problem]:
+    """Each sequence as a dense problem of its own."""
+    places = problem.sequences
     assert places is not None
-    found: list[tuple[Problem, tuple[slice, ...]]] = []
+    found = []
     for n, dims in enumerate(sequence_dims(problem)):
-        if isinstance(places, Paged):
-            where: tuple[slice, ...] = (slice(n, n + 1),)
-            own = {"q": given["q"][where], **{name: sequences.gathered(places, given[name], n) for name in ("k", "v")}}
-        else:
-            where, keys = sequences.rows(places.cu_seqlens_q, n), sequences.rows(places.cu_seqlens_k, n)
-            own = {"q": given["q"][where], "k": given["k"][keys], "v": given["v"][keys]}
+        given = {
+            name: sequences.gathered(places, x, n) if isinstance(places, Paged) and name in ("k", "v") else x[part_of(problem, n, name)]
+            for name, x in problem.given.items()
+        }
         functions = None if problem.functions is None else replace(problem.functions, first=n)
-        one = replace(problem, dims=dims, given={**given, **own}, layout="BHTD", functions=functions, sequences=None)
-        found.append((one, where))
+        found.append(replace(problem, dims=dims, given=given, layout="BHTD", functions=functions, sequences=None))
     return found
 
 
-def _has_layout(axes: str) -> bool:
+def part_of(problem: Problem, n: int, name: str) -> tuple[slice, ...]:
+    """Where sequence n lies in an operand or output of that name, or in an operand's gradient (BHTD); all of it, where sequences share it."""
+    assert problem.sequences is not None
+    variant = problem.variant
+    axes = {o.name: o.axes for o in variant.outputs} | {p + o.name: o.axes for o in variant.operands for p in ("", "d_")}
+    return sequences.part(problem.sequences, n, axes[name])
+
+
+def _each_its_own(axes: str) -> bool:
+    """Whether an array has one entry for each packed sequence, not their tokens."""
     names = axes.split()
-    return len(names) == 4 and names[0] in "BP" and names[1].startswith("H") and names[2] in ("T", "S", "page") and names[3] not in ("T", "S")
+    return names[:1] == ["B"] and not {"T", "S"} & set(names)
+
+
+def _in_one_batch(axes: str, layout: str) -> bool:
+    """Whether it is of tokens of packed sequences, in one batch, which the caller's array does without."""
+    return layout == "THD" and axes.split()[:1] == ["B"] and not _each_its_own(axes)
+
+
+def _has_layout(axes: str, operand: bool) -> bool:
+    names = axes.split()
+    if len(names) < (3 if operand else 4) or names[0] not in ("B", "P") or not {"T", "S"}.isdisjoint(names[3:]):
+        return False
+    return (names[1].startswith("H") or names[1] == "G") and names[2] in ("T", "S", "page")
 
 
 @functools.cache
@@ -243,18 +279,28 @@ def _names(variant: Variant) -> frozenset[str]:
 
 
 @functools.cache
-def _takes_sequences(variant: Variant) -> bool:
+def takes_sequences(variant: Variant, packed: bool) -> bool:
+    """Whether its operands can be of sequences of different lengths, packed or in pages."""
     required = {o.name: o.axes for o in variant.operands if not o.optional}
-    return required == {"q": "B Hq T D", "k": "B Hkv S D", "v": "B Hkv S E"}
+    if required == {"q": "B Hq T D", "k": "B Hkv S D", "v": "B Hkv S E"}:
+        return True
+    with_tokens = [o.axes.split() for o in variant.operands if {"T", "S"} & set(o.axes.split())]
+    return (
+        packed
+        and variant.family in ("feature", "state", "learner")
+        and bool(with_tokens)
+        and all(axes[0] == "B" and len({"T", "S"} & set(axes)) == axes.count("T") + axes.count("S") == 1 for axes in with_tokens)
+    )
 
 
 def _check_sequenced(variant: Variant, places: Sequences, operands: Mapping[str, Any], wanted: tuple[str, ...]) -> None:
     """Refuse what sequences of different lengths have no shape for."""
     what = f"{type(places).__name__} sequences"
-    if not _takes_sequences(variant):
-        takers = ", ".join(name for name, v in catalogue().items() if _takes_sequences(v))
+    packed = isinstance(places, Packed)
+    if not takes_sequences(variant, packed):
+        takers = ", ".join(name for name, v in catalogue().items() if takes_sequences(v, packed))
         raise ParameterError(f"{variant.name} takes no {what}; variants that do are {takers}")
-    for o in variant.operands:
+    for o in variant.operands if variant.family == "scored" else ():
         if o.optional and operands.get(o.name) is not None and not {"B", "T", "S"}.isdisjoint(o.axes.split()):
             raise OperandError(f"{variant.name}: {o.name} has axes {o.axes}, which {what} do not share; say the same by a score_mod or a mask_mod")
     known = [o.name for o in variant.outputs if "S" not in o.axes.split()]
@@ -305,10 +351,10 @@ def _operand(variant: Variant, operand: Operand, value: Any, axes: str, layout: 
         raise DtypeError(f"{what} is {x.dtype}; must be boolean, True where a query may attend (numbers to add to the scores are a bias)")
     if operand.kind == "number" and not (precision.is_real(x.dtype) or x.dtype.kind in "biu"):
         raise DtypeError(f"{what} is {x.dtype}; must be boolean, integer or floating point")
-    wanted = len(axes.split()) - (layout == "THD" and axes.startswith("B "))
+    wanted = len(spelled(axes, layout).split())
     if x.ndim != wanted and not (operand.broadcast and x.ndim < wanted):
         fewer = " or fewer" if operand.broadcast else ""
-        raise ShapeError(f"{what} has {x.ndim} axes, shape {x.shape}; must have {wanted}{fewer}: [{spelled(axes, layout)}]")
+        raise ShapeError(f"{what} has {x.ndim} axes, shape {x.shape}; must have {wanted}{fewer}: [{spelled(axes, layout, operand=True)}]")
     if operand.within is not None and x.size:
         low, high = operand.within
         with np.errstate(invalid="ignore"):  # NaN stays NaN, and fails below
@@ -316,19 +362,26 @@ def _operand(variant: Variant, operand: Operand, value: Any, axes: str, layout: 
             least, most = float(values.min()), float(values.max())
         if not (least >= low and most <= high):
             raise OperandError(f"{what} has values from {least:g} to {most:g}; every value must be from {low:g} to {high:g}")
-    return from_layout(axes, x, layout)
+    return from_layout(axes, x, layout, operand=True)
 
 
 @functools.cache
-def _axes(variant: Variant, paged: bool) -> Mapping[str, str]:
-    """Axes of each operand; keys in pages have a page and a row for a batch and a key."""
-    return {o.name: o.axes.replace("B Hkv S", "P Hkv page") if paged else o.axes for o in variant.operands}
+def _axes(variant: Variant, how: str) -> Mapping[str, str]:
+    """Axes of each operand; keys in pages have a page and a row for a batch and a key, what packed sequences carry one entry for each."""
+    if how == "pages":
+        return {o.name: o.axes.replace("B Hkv S", "P Hkv page") for o in variant.operands}
+    if how == "THD":
+        return {o.name: o.axes if _in_one_batch(o.axes, how) else spelled(o.axes, how) for o in variant.operands}
+    return {o.name: o.axes for o in variant.operands}
 
 
-def _dims(variant: Variant, given: Mapping[str, np.ndarray], axes: Mapping[str, str]) -> dict[str, int]:
+def _dims(variant: Variant, given: Mapping[str, np.ndarray], axes: Mapping[str, str], places: Sequences | None = None) -> dict[str, int]:
     """Bind every axis name to one size; complain where two operands disagree."""
     dims: dict[str, int] = {}
     source: dict[str, str] = {}
+    arrays: tuple[Operand | Output, ...] = (*variant.operands, *variant.outputs)
+    if isinstance(places, Packed) and any(_each_its_own(o.axes) for o in arrays):
+        dims[SEQUENCES], source[SEQUENCES] = len(places.cu_seqlens_q) - 1, "cu_seqlens_q"
     computed: list[tuple[str, str, int]] = []
     for operand in variant.operands:
         if operand.name not in given or operand.broadcast:
@@ -347,6 +400,8 @@ def _dims(variant: Variant, given: Mapping[str, np.ndarray], axes: Mapping[str, 
             raise ShapeError(f"{variant.name}: {name} has {n} along {axis}; must be {_sum(axis, dims, source)}")
     if {"Hq", "Hkv"} <= dims.keys() and dims["Hq"] % dims["Hkv"]:
         raise ShapeError(f"{variant.name}: {source['Hkv']} has Hkv={dims['Hkv']}, which does not divide {source['Hq']}'s Hq={dims['Hq']}")
+    if {"H", "G"} <= dims.keys() and dims["H"] % dims["G"]:
+        raise ShapeError(f"{variant.name}: {source['G']} has G={dims['G']}, which does not divide {source['H']}'s H={dims['H']}")
     for operand in variant.operands:
         if operand.broadcast and operand.name in given:
             full, actual = shape(operand.axes, dims), given[operand.name].shape
@@ -362,7 +417,7 @@ def _other_layout(variant: Variant, given: Mapping[str, np.ndarray], layout: str
     try:
         _dims(
             variant,
-            {o.name: from_layout(o.axes, given[o.name], "BTHD") for o in variant.operands if o.name in given},
+            {o.name: from_layout(o.axes, given[o.name], "BTHD", operand=True) for o in variant.operands if o.name in given},
             {o.name: o.axes for o in variant.operands},
         )
     except ShapeError:

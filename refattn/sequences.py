@@ -1,6 +1,6 @@
 """Sequences of different lengths in one call: laid end to end, or with keys and values in the pages of a cache.
 
-Each sequence is an attention call of its own.  Its positions count from 0, causal masks and windows are aligned by its own numbers of queries
+Each sequence is a call of its own.  Its positions count from 0, causal masks and windows are aligned by its own numbers of queries
 and keys, and what follows from the number of keys (sigmoid's shift) follows from its own.
 
 What people get wrong: aligning a causal mask by the longest sequence of a batch; reading the rest of a last page, where earlier contents lie.
@@ -23,6 +23,9 @@ ORDERS = ("BHTD", "BTHD")
 @dataclass(frozen=True, eq=False, init=False)
 class Packed:
     """Sequences laid end to end: q is [T, Hq, D], k [S, Hkv, D], v [S, Hkv, E], and out comes back as [T, Hq, E], lse as [Hq, T].
+
+    Of variants that carry a state, every operand with tokens lies so ([T, Hkv, D], a gate [T, Hkv]), and what is carried has one entry per
+    sequence, before and after: [sequences, Hkv, D, E].
 
     Parameters
     ----------
@@ -55,6 +58,11 @@ class Packed:
             raise ShapeError(f"Packed: cu_seqlens_k has {len(keys)} entries, but cu_seqlens_q has {len(queries)}; both have one per sequence and one")
         object.__setattr__(self, "cu_seqlens_q", queries)
         object.__setattr__(self, "cu_seqlens_k", keys)
+
+    @property
+    def bounds(self) -> dict[str, np.ndarray]:
+        """Where sequences begin and end, by the axis that they lie along."""
+        return {"T": self.cu_seqlens_q, "S": self.cu_seqlens_k}
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -104,22 +112,23 @@ class Paged:
 Sequences = Packed | Paged
 
 
-def check(what: str, sequences: Sequences, given: Mapping[str, np.ndarray]) -> int:
-    """Hold sequences against q [B, Hq, T, D] and k [B or P, Hkv, S or page, D]; the largest number of keys, all of them where they are packed.
+def check(what: str, sequences: Sequences, given: Mapping[str, np.ndarray], axes: Mapping[str, str]) -> int:
+    """Hold sequences against operands of these axes (BHTD); the largest number of keys, all of them where they are packed.
 
     Raises
     ------
     ShapeError, OperandError
     """
-    q, k = given["q"], given["k"]
     if isinstance(sequences, Packed):
-        for name, bounds, operand, axis, n in (
-            ("q", sequences.cu_seqlens_q, "q", "T", q.shape[2]),
-            ("k", sequences.cu_seqlens_k, "k", "S", k.shape[2]),
-        ):
-            if bounds[-1] != n:
-                raise ShapeError(f"{what}: cu_seqlens_{name} ends at {bounds[-1]}, but {operand} has {axis}={n}")
-        return k.shape[2]
+        bounds = sequences.bounds
+        for name, x in given.items():
+            for axis, n in zip(axes[name].split(), x.shape, strict=True):
+                if axis in bounds and bounds[axis][-1] != n:
+                    raise ShapeError(f"{what}: cu_seqlens_{'qk'[axis == 'S']} ends at {bounds[axis][-1]}, but {name} has {axis}={n}")
+        if sequences.cu_seqlens_k is not sequences.cu_seqlens_q and not any("S" in axes[name].split() for name in given):
+            raise ParameterError(f"{what}: cu_seqlens_k is given, but its keys are its queries' tokens; leave it out")
+        return int(sequences.cu_seqlens_k[-1])
+    q, k = given["q"], given["k"]
     table, lengths, (pages, page) = sequences.block_table, sequences.lengths, (k.shape[0], k.shape[2])
     if len(lengths) != len(q):
         raise ShapeError(f"{what}: block_table has B={len(lengths)}, but q has B={len(q)}")
@@ -135,9 +144,13 @@ def check(what: str, sequences: Sequences, given: Mapping[str, np.ndarray]) -> i
     return int(lengths.max(initial=0))
 
 
-def rows(bounds: np.ndarray, n: int) -> tuple[slice, slice, slice]:
-    """Where sequence n lies in an array of axes [1, H, rows, ...]."""
-    return slice(None), slice(None), slice(int(bounds[n]), int(bounds[n + 1]))
+def part(sequences: Sequences, n: int, axes: str) -> tuple[slice, ...]:
+    """Where sequence n lies in an array of those axes (BHTD), which is not in pages."""
+    names = axes.split()
+    if isinstance(sequences, Packed) and sequences.bounds.keys() & set(names):
+        bounds = sequences.bounds
+        return tuple(slice(int(bounds[a][n]), int(bounds[a][n + 1])) if a in bounds else slice(None) for a in names)
+    return (slice(n, n + 1),) if names[:1] == ["B"] else ()
 
 
 def gathered(sequences: Paged, pages: np.ndarray, b: int) -> np.ndarray:

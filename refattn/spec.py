@@ -32,8 +32,23 @@ AXES: Mapping[str, str] = MappingProxyType(
         "Dk": "key width",
         "A": "hidden width of the score network",
         "M": "model width",
+        "H": "heads",
+        "G": "groups of heads that share keys and queries",
+        "N": "state width",
+        "R": "steps of the state per token",
+        "Z": "slots",
+        "F": "features",
+        "L": "levels",
+        "W": "taps of a kernel",
     }
 )
+
+
+def every_size(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of every axis there is, where a table of sizes names the usual ones: the others follow from those, or are few."""
+    follow = {"H": sizes["Hq"], "G": sizes["Hkv"], "N": sizes["D"], "F": sizes["D"] + 2, "Z": 5, "L": 5, "R": 2, "W": 3}
+    return {**follow, **sizes}
+
 
 #: Axes that may be empty; every other axis has at least one entry.
 MAY_BE_EMPTY = frozenset({"B", "T", "S"})
@@ -305,6 +320,91 @@ class Plan:
     projections: tuple[tuple[str, str], ...] = ()
 
 
+@dataclass(frozen=True)
+class Factor:
+    """One operand of a product, through a map if there is one.
+
+    map
+        A piece of pieces/maps, number by number, or of pieces/feature_maps, which changes the width.
+    numbers
+        What the map needs beside its argument.
+    weights
+        Names of the operands that a feature map takes, in its order.
+    """
+
+    operand: str
+    map: ModuleType | None = None
+    numbers: tuple[float, ...] = ()
+    weights: tuple[str, ...] = ()
+
+
+#: Operands multiplied along axes of the same name; the empty product stands for a part that a recurrence does not have.
+Product = tuple[Factor | str, ...]
+
+
+@dataclass(frozen=True)
+class Write:
+    """One step of a state: ``S += key (value - erase^T S)^T``.
+
+    key, value, erase
+        Products, over the state's rows, its columns and its rows, beside heads and tokens; a key of none is 1.  Without a value only the
+        erasure is written, without erase nothing is read.
+    old
+        Whether the erasure reads the state as it was before the token, not yet faded.
+    """
+
+    key: Product
+    value: Product = ()
+    erase: Product = ()
+    old: bool = False
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """A `state` or `feature` variant as data: a matrix S per head that fades, is written and is read once per token.
+
+        S_t = exp(log_decay_t) * S_{t-1};   S_t += key (value - erase^T S)^T for each write in turn
+        out_t = scale * query_t^T S_t                                              or, exclusive,
+        out_t = scale * query_t^T (S_{t-1} + (bonus * key_t) value_t^T),           plus skip
+
+    writes
+        In their order; with `steps`, one write whose operands have that axis, done once for each of its entries before the read.
+    heads
+        Axis of states that are apart from each other, where it is not that of the heads: "M", if every channel has a state of its own.
+    query, log_decay, bonus, skip
+        Products; a query of none is 1.  A log_decay over heads and tokens alone is one number for the whole state; over "D" too, one for each of
+        its rows.
+    input_gate
+        Logarithm of a further factor of every key, so large that a running maximum m must be carried beside the state:
+        m_t = max(log_decay_t + m_{t-1}, input_gate_t), and S and n hold exp(-m_t) times what they stand for.
+    normalizer
+        What the read is divided by, with n the state of values 1: nothing, ``"sum"`` (query . n + eps), ``"clamp"`` (max(query . n, eps)), or
+        ``"floor"`` (max(|query . n|, exp(-m)) + eps).  Where it is 0, so is the output.
+    causal
+        Whether query i reads the state after key i + S - T; otherwise every query reads the state after the last key.
+    initial, mass, maximum
+        Operands that are the state, n and m before the first token, where the variant has them; the outputs after the last one have the same
+        axes, and the same names without "initial_".
+    """
+
+    writes: tuple[Write, ...]
+    query: Product = ("q",)
+    log_decay: Product = ()
+    scale: float = 1.0
+    exclusive: bool = False
+    bonus: Product = ()
+    skip: Product = ()
+    steps: str = ""
+    heads: str = ""
+    input_gate: Product = ()
+    normalizer: str = ""
+    eps: float = 0.0
+    causal: bool = True
+    initial: str = "initial_state"
+    mass: str = "initial_mass"
+    maximum: str = "initial_max"
+
+
 # ---- what can be said about a variant ------------------------------------------------------------------------------------------
 
 
@@ -366,7 +466,9 @@ class Variant:
         ``define(*operands, *params) -> output or tuple of outputs``: loops over float64 arrays, nothing but arguments, NumPy and math.
     cost : Cost
     plan : callable, optional
-        ``plan(dims, params) -> Plan``: the same operation as data.
+        ``plan(dims, params) -> Plan``: the same operation as data, of a scored variant.
+    recurrence : callable, optional
+        ``recurrence(dims, params) -> Recurrence``: the same operation as data, of a state or feature variant.
     returns : tuple of str
         Outputs given when the caller names none.
     ordered : callable
@@ -391,6 +493,7 @@ class Variant:
     cost: Cost
     params: tuple[Param, ...] = ()
     plan: Callable[[Dims, Mapping[str, Any]], Plan] | None = None
+    recurrence: Callable[[Dims, Mapping[str, Any]], Recurrence] | None = None
     returns: tuple[str, ...] = ("out",)
     ordered: Callable[[Mapping[str, Any]], str] = lambda params: ""
     causal: Mapping[str, Any] | None = None
@@ -404,6 +507,12 @@ class Variant:
 
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Outputs after the last token that the operand ``initial_<name>`` takes before the first: what a sequence is carried on by."""
+        operands = {o.name for o in self.operands}
+        return tuple(o.name for o in self.outputs if "initial_" + o.name in operands)
 
     @property
     def axes(self) -> tuple[str, ...]:

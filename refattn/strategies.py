@@ -137,7 +137,7 @@ def _problems(draw: Any, variant: Variant, formats: list[np.dtype], max_size: in
     for o in given:  # last, so that leaving one out moves no other choice when a call shrinks
         x, axes = draw(_operand(variant, o, dims, dtype, features)), len(o.axes.split())
         if layout != "BHTD":  # axes that are missing in front cannot change places
-            x = to_layout(o.axes, x[(None,) * (axes - x.ndim)], layout)
+            x = to_layout(o.axes, x[(None,) * (axes - x.ndim)], layout, operand=True)
         operands[o.name] = draw(strided(x)) if "strides" in features else np.array(x, order="C")
     return Drawn(variant.name, operands, params, layout)
 

@@ -9,12 +9,12 @@ import pytest
 from refattn import costs, definition
 from refattn.catalog import catalogue
 from refattn.problem import Problem, bind
-from refattn.spec import Variant, normal, shape
+from refattn.spec import Variant, every_size, normal, shape
 
 #: Odd widths, three query heads to a key-value head, T and S differ, D and E differ.
-GENERAL = {"B": 2, "Hq": 6, "Hkv": 2, "T": 4, "S": 7, "D": 3, "E": 5, "Dq": 3, "Dk": 4, "A": 4, "M": 5}
+GENERAL = every_size({"B": 2, "Hq": 6, "Hkv": 2, "T": 4, "S": 7, "D": 3, "E": 5, "Dq": 3, "Dk": 4, "A": 4, "M": 5, "Z": 4, "F": 6, "L": 4})
 SQUARE = {**GENERAL, "T": 5, "S": 5}
-ONE = {**dict.fromkeys(GENERAL, 1), "Hq": 3}
+ONE = {**dict.fromkeys(GENERAL, 1), "Hq": 3, "H": 3}
 LADDER = {"general": GENERAL, "more queries than keys": {**GENERAL, "T": 7, "S": 4}, "square": SQUARE, "one": ONE}
 
 VARIANTS = [pytest.param(v, id=name) for name, v in catalogue().items()]

@@ -1,5 +1,6 @@
 """Every variant of the catalogue, from its declarations alone: a new file is tested with no edit here."""
 
+import inspect
 import re
 
 import ml_dtypes
@@ -10,7 +11,7 @@ from catalogue import CALLS, GENERAL, LADDER, SQUARE, VARIANTS, arrays_of, draw,
 import refattn as ra
 from refattn import catalog, costs, definition, problem
 from refattn.precision import round_to
-from refattn.spec import MAY_BE_EMPTY, shape, size
+from refattn.spec import MAY_BE_EMPTY, Operand, shape, size
 
 same = np.testing.assert_array_equal
 
@@ -98,7 +99,7 @@ def test_any_dtype_gives_the_float64_result_rounded_once(variant, dtype):
     real = [o.name for o in variant.operands if o.kind == "real"]
     narrow = {name: round_to(x, np.dtype(dtype)) if name in real else x for name, x in draw(variant, GENERAL).items()}
     names = [o.name for o in variant.outputs]
-    results = arrays_of(ra.attend(variant.name, **narrow, returns=names))
+    results = arrays_of(ra.attend(variant.name, **narrow, returns=names, backend="definition"))
     exact = outputs(variant, {name: x.astype(np.float64) if name in real else x for name, x in narrow.items()}, {})
     for output, result in zip(variant.outputs, results, strict=True):
         expected = np.dtype(np.float32) if output.wide and np.dtype(dtype).itemsize < 4 else np.dtype(dtype)
@@ -184,14 +185,15 @@ def test_order_means_nothing_along_every_unordered_axis(variant, params):
 
 
 def permutations(variant):
-    """One reordering per axis; query and key-value heads go together, group by group."""
+    """One reordering per axis; heads and the heads or groups they share go together, group by group."""
     rng = np.random.default_rng(5)
+    shared = {few: many for many, few in (("Hq", "Hkv"), ("H", "G")) if few in variant.axes}
     for axis in variant.axes:
-        if axis == "Hkv":
-            group = GENERAL["Hq"] // GENERAL["Hkv"]
-            groups = np.roll(np.arange(GENERAL["Hkv"]), 1)
-            yield {"Hkv": groups, "Hq": np.concatenate([g * group + rng.permutation(group) for g in groups])}
-        elif not (axis == "Hq" and "Hkv" in variant.axes):
+        if axis in shared:
+            group = GENERAL[shared[axis]] // GENERAL[axis]
+            groups = np.roll(np.arange(GENERAL[axis]), 1)
+            yield {axis: groups, shared[axis]: np.concatenate([g * group + rng.permutation(group) for g in groups])}
+        elif axis not in shared.values():
             yield {axis: np.roll(rng.permutation(GENERAL[axis]), 1)}
 
 
@@ -246,16 +248,17 @@ def test_the_first_output_is_linear_where_declared(variant, params):
 
 @pytest.mark.parametrize("variant, params", CALLS)
 def test_the_other_layout_is_a_transpose(variant, params):
-    def swapped(axes, x):
-        return np.swapaxes(x, 1, 2) if re.fullmatch(r"B H\w* [TS] (?![TS]$)\w+", axes) else x
+    def swapped(o, x):
+        fewest = "*" if isinstance(o, Operand) else "+"  # widths: a gate has none, and neither has a log-sum-exp, which stays as it is
+        return np.swapaxes(x, 1, 2) if re.fullmatch(rf"B (H\w*|G) [TS]( (?![TS]\b)[\w+]+){fewest}", o.axes) else x
 
     operands = draw(variant, GENERAL)
     names = [o.name for o in variant.outputs]
     expected = arrays_of(ra.attend(variant.name, **operands, **params, returns=names))
-    turned = {name: swapped(variant.operand(name).axes, x) for name, x in operands.items()}
+    turned = {name: swapped(variant.operand(name), x) for name, x in operands.items()}
     results = arrays_of(ra.attend(variant.name, **turned, **params, returns=names, layout="BTHD"))
     for output, a, b in zip(variant.outputs, results, expected, strict=True):
-        same(swapped(output.axes, a), b)
+        same(swapped(output, a), b)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -288,6 +291,12 @@ def test_a_broadcast_operand_equals_its_expansion(variant):
             given, copied = (outputs(variant, {**operands, o.name: x}, {}) for x in (small, expanded))
             for name, x in given.items():
                 same(x, copied[name], f"{name} with {o.name} of shape {small.shape}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_operand_or_parameter_has_the_name_of_a_keyword_of_every_call(variant):
+    keywords = {p for call in (ra.attend, ra.gradients, ra.step) for p in inspect.signature(call).parameters}
+    assert not keywords & {one.name for one in (*variant.operands, *variant.params)} - {"state"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -50,8 +50,13 @@ class Dual:
     def __rsub__(self, other):
         return dual(other) + -self
 
-    def __pow__(self, exponent):
-        return Dual(self.value**exponent, exponent * self.value ** (exponent - 1) * self.slope)
+    def __pow__(self, other):
+        other, power = dual(other), self.value ** dual(other).value
+        slope = other.value * self.value ** (other.value - 1) * self.slope
+        return Dual(power, slope + (power * math.log(self.value) * other.slope if other.slope else 0.0))
+
+    def __rpow__(self, other):
+        return dual(other) ** self
 
     def __abs__(self):
         return -self if self.value < 0 else self

@@ -56,7 +56,7 @@ SLOPES = np.random.default_rng(9).standard_normal((len(LENGTHS), HQ))
 
 @pytest.mark.parametrize("name, options", CALLS)
 def test_packed_sequences_are_calls_of_their_own(name, options):
-    returns = [o.name for o in catalog.variant(name).outputs if "S" not in o.axes.split()]
+    returns = [o.name for o in catalog.variant(name).outputs if "T" in o.axes.split() and "S" not in o.axes.split()]
     call = {**options, "returns": returns, "backend": "definition"}
     found = ra.attend(name, *packed(), layout=ra.Packed(CU_Q, CU_K), **call)
     alone = [ra.attend(name, *one, **call) for one in each(*packed())]
@@ -227,7 +227,7 @@ def test_sizes_of_a_problem_are_what_the_engine_is_promised():
     paged = bind(softmax, (q, k_pages, v_pages), {}, layout=ra.Paged(table, COUNTS))
     assert dict(paged.dims) == {"B": 4, "Hq": HQ, "T": 3, "D": D, "Hkv": HKV, "S": 13, "E": E}
     assert paged.given["k"] is k_pages and paged.given["q"] is q
-    sizes = [(one.dims["B"], one.dims["T"], one.dims["S"]) for one, _ in split(call)]
+    sizes = [(one.dims["B"], one.dims["T"], one.dims["S"]) for one in split(call)]
     assert sizes == [(1, *lengths) for lengths in LENGTHS]
 
 
@@ -347,9 +347,26 @@ REFUSED = {
     "packed, a mask": (lambda: packed_call("sigmoid", mask=np.ones((T, S), bool)), OperandError, ["sigmoid: mask has axes B Hq T S", "mask_mod"]),
     "packed, weights": (lambda: packed_call(returns=("out", "weights")), ParameterError, ["softmax: weights of Packed sequences", "out, lse"]),
     "packed, another variant": (
-        lambda: packed_call("retention", decay=np.ones(HKV)),
+        lambda: packed_call("luong_dot"),
         ParameterError,
-        ["retention takes no Packed sequences", "variants that do are", "softmax"],
+        ["luong_dot takes no Packed sequences", "variants that do are", "softmax", "retention"],
+    ),
+    "packed, keys of their own": (
+        lambda: ra.attend("retention", *packed(), np.ones(HKV), layout=PACKED),
+        ShapeError,
+        [f"retention: k has T={S}, but q has T={T}"],
+    ),
+    "packed, bounds of keys that are none": (
+        lambda: ra.attend("retention", packed()[0], *(x[np.arange(T) % S] for x in packed()[1:]), np.ones(HKV), layout=PACKED),
+        ParameterError,
+        ["retention: cu_seqlens_k is given", "leave it out"],
+    ),
+    "packed, states of fewer sequences": (
+        lambda: ra.attend(
+            "retention", packed()[0], *(x[np.arange(T) % S] for x in packed()[1:]), np.ones(HKV), np.zeros((2, HKV, D, E)), layout=ra.Packed(CU_Q)
+        ),
+        ShapeError,
+        ["retention: initial_state has sequences=2", f"cu_seqlens_q has sequences={len(LENGTHS)}"],
     ),
     "packed, a block mask": (
         lambda: packed_call(block_mask=ra.block_mask(even, T=T, S=S)),
