@@ -1,1 +1,1 @@
-"""One attention variant per file; each file ends in ``VARIANT = Variant(...)``."""
+"""One attention variant per file, in a folder for each family; each file ends in ``VARIANT = Variant(...)``."""

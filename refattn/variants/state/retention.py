@@ -1,12 +1,12 @@
 """Retention: linear attention whose past fades by a fixed factor per head and token.
 
-    S_t   = gamma_h S_{t-1} + k_t v_t^T,     out_t = scale * q_t^T S_t                                   ``form="recurrent"``
-    out_t = sum_{j <= t} scale * gamma_h^(t - j) (q_t . k_j) v_j + scale * gamma_h^(t + 1) q_t^T S_{-1}  ``form="parallel"``
+    S_t   = gamma_h S_{t-1} + k_t v_t^T,     out_t = scale * q_t^T S_t
+          = sum_{j <= t} scale * gamma_h^(t - j) (q_t . k_j) v_j + scale * gamma_h^(t + 1) q_t^T S_{-1}
 
-Always causal; tokens are counted from 0.  S_{-1} is ``initial_state`` (0 if absent), and ``state`` is S after the last token, so a
-sequence can be cut anywhere and carried on.  gamma is the operand ``decay``, one per key-value head, from 0 (0**0 is 1: only the token
-itself counts) to 1 (nothing fades).  The paper fixes gamma_h = 1 - 2**(-5-h).  Query head h reads key-value head ``h // (Hq // Hkv)``; the
-paper has Hq == Hkv.
+The first line is the definition, the second the paper's parallel form.  Always causal; tokens are counted from 0.  S_{-1} is ``initial_state``
+(0 if absent), and ``state`` is S after the last token, so a sequence can be cut anywhere and carried on.  gamma is the operand ``decay``, one per
+key-value head, from 0 (0**0 is 1: only the token itself counts) to 1 (nothing fades).  The paper fixes gamma_h = 1 - 2**(-5-h).  Query head h
+reads key-value head ``h // (Hq // Hkv)``; the paper has Hq == Hkv.
 
 This is the bare sum.  The paper's layer also rotates queries and keys (xPos, its Theta) before, and normalises each head (GroupNorm) and
 multiplies by a swish gate after; none of that is here.
@@ -21,10 +21,11 @@ Checked against ONNX's reference evaluator (LinearAttention, update rule "gated"
 
 import numpy as np
 
-from refattn.spec import Choice, Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.pieces.maps import log
+from refattn.spec import Cost, Example, Factor, Identity, Number, Operand, Output, Paper, Param, Recurrence, Variant, Write
 
 
-def define(q, k, v, decay, initial_state, scale, form):
+def define(q, k, v, decay, initial_state, scale):
     batch, heads, n, d = q.shape
     kv_heads, d_v = v.shape[1], v.shape[3]
     group = heads // kv_heads
@@ -32,51 +33,36 @@ def define(q, k, v, decay, initial_state, scale, form):
     state = np.zeros((batch, kv_heads, d, d_v))
     for b in range(batch):
         for g in range(kv_heads):
-            if form == 0:  # parallel: every token looks back, nearest first
+            for x in range(d):
+                for y in range(d_v):
+                    state[b, g, x, y] = initial_state[b, g, x, y]
+            for t in range(n):
+                for x in range(d):
+                    for y in range(d_v):
+                        state[b, g, x, y] = decay[g] * state[b, g, x, y] + k[b, g, t, x] * v[b, g, t, y]
                 for h in range(g * group, (g + 1) * group):
-                    for t in range(n):
-                        faded = 1.0  # gamma^(t - j)
-                        for j in range(t, -1, -1):
-                            similarity = 0.0
-                            for x in range(d):
-                                similarity += q[b, h, t, x] * k[b, g, j, x]
-                            for y in range(d_v):
-                                out[b, h, t, y] += faded * similarity * v[b, g, j, y]
-                            faded *= decay[g]
+                    for y in range(d_v):
                         for x in range(d):
-                            for y in range(d_v):
-                                out[b, h, t, y] += faded * q[b, h, t, x] * initial_state[b, g, x, y]
-                        for y in range(d_v):
-                            out[b, h, t, y] *= scale
-                faded = 1.0
-                for j in range(n - 1, -1, -1):
-                    for x in range(d):
-                        for y in range(d_v):
-                            state[b, g, x, y] += faded * k[b, g, j, x] * v[b, g, j, y]
-                    faded *= decay[g]
-                for x in range(d):
-                    for y in range(d_v):
-                        state[b, g, x, y] += faded * initial_state[b, g, x, y]
-            else:  # recurrent: fade, write, read
-                for x in range(d):
-                    for y in range(d_v):
-                        state[b, g, x, y] = initial_state[b, g, x, y]
-                for t in range(n):
-                    for x in range(d):
-                        for y in range(d_v):
-                            state[b, g, x, y] = decay[g] * state[b, g, x, y] + k[b, g, t, x] * v[b, g, t, y]
-                    for h in range(g * group, (g + 1) * group):
-                        for y in range(d_v):
-                            for x in range(d):
-                                out[b, h, t, y] += q[b, h, t, x] * state[b, g, x, y]
-                            out[b, h, t, y] *= scale
+                            out[b, h, t, y] += q[b, h, t, x] * state[b, g, x, y]
+                        out[b, h, t, y] *= scale
     return out, state
 
 
-def forms_agree(run, x):
-    batch, kv_heads, _, d = x["k"].shape
-    start = {**x, "initial_state": np.linspace(-1.0, 1.0, batch * kv_heads * d * x["v"].shape[3]).reshape(batch, kv_heads, d, -1)}
-    return run(start, form="parallel", returns=("out", "state")), run(start, form="recurrent", returns=("out", "state"))
+def recurrence(dims, params):
+    return Recurrence(
+        writes=(Write(key=("k",), value=("v",)),),
+        log_decay=(Factor("decay", log),),
+        scale=dims["D"] ** -0.5 if params["scale"] is None else params["scale"],
+    )
+
+
+def looking_back(run, x):
+    """The paper's parallel form: scores under a mask of powers of the decay."""
+    n, group = x["q"].shape[2], x["q"].shape[1] // x["k"].shape[1]
+    k, v = (np.repeat(x[name], group, axis=1) for name in ("k", "v"))
+    back = np.arange(n)[:, None] - np.arange(n)
+    mask = np.where(back >= 0, np.repeat(x["decay"], group)[:, None, None] ** np.maximum(back, 0), 0.0)
+    return run(x, scale=1.0, returns="out"), (x["q"] @ np.swapaxes(k, -1, -2) * mask) @ v
 
 
 def cut_and_carried_on(run, x):
@@ -104,7 +90,7 @@ def without_memory(run, x):
 VARIANT = Variant(
     name="retention",
     family="state",
-    summary="Retention (RetNet): a state that fades by a fixed factor per head, in parallel and recurrent form.",
+    summary="Retention (RetNet): a state that fades by a fixed factor per head.",
     equation="S_t = gamma S_(t-1) + k_t v_t^T, out_t = scale q_t^T S_t",
     paper=Paper(
         title="Retentive Network: A Successor to Transformer for Large Language Models",
@@ -141,11 +127,11 @@ VARIANT = Variant(
     ),
     params=(
         Param("scale", Number(optional=True), None, "multiplies q . S; None is 1/sqrt(D)", absent=lambda dims: dims["D"] ** -0.5, tries=(0.37,)),
-        Param("form", Choice(("parallel", "recurrent")), "parallel", "every token looks back, or a state is carried", tries=("recurrent",)),
     ),
     define=define,
+    recurrence=recurrence,
     cost=Cost(
-        flops="B*((Hq*(T*(T + 1)//2*(2*D + 3*E + 1) + T*E*(3*D + 1)) + Hkv*(T*(3*D*E + 1) + 2*D*E)) if form == 0 else T*E*(3*Hkv*D + Hq*(2*D + 1)))",
+        flops="B*T*E*(3*Hkv*D + Hq*(2*D + 1))",
         memory="B*(Hq*T*E + Hkv*D*E)",
     ),
     ordered=lambda params: "T",
@@ -165,13 +151,13 @@ VARIANT = Variant(
                 "decay": [0.5],
                 "initial_state": [[[[2.0], [10.0]]]],
             },
-            params={"scale": 1.0, "form": "recurrent"},
+            params={"scale": 1.0},
             returns={"out": [[[[15.0], [7.5]]]], "state": [[[[2.5], [8.5]]]]},
             source="by hand: S = (2, 10), then (1 + 4, 5), then (2.5, 2.5 + 6)",
         ),
     ),
     identities=(
-        Identity("the parallel and the recurrent form agree", forms_agree),
+        Identity("the parallel form is the same", looking_back),
         Identity("a sequence cut in two is carried on by its state", cut_and_carried_on),
         Identity("with decay 1 it is causal softmax attention without the softmax", unfaded_is_causal_scores),
         Identity("with decay 0 a token sees only itself", without_memory),
