@@ -205,7 +205,7 @@ def multi_head(query, key, value, w_q, w_k, w_v, w_o, b_q=None, b_k=None, b_v=No
 # ---- states and feature maps ---------------------------------------------------------------------------------------------------------
 
 
-def linear(q, k, v, *, causal=False, eps=1e-6, form="quadratic", fault=""):
+def linear(q, k, v, initial_state=None, initial_mass=None, *, causal=False, eps=1e-6, fault=""):
     def phi(x):
         if fault == "relu for elu + 1":
             return np.maximum(x, 0)
@@ -214,11 +214,15 @@ def linear(q, k, v, *, causal=False, eps=1e-6, form="quadratic", fault=""):
     k, v = (per_query_head(x, q.shape[1]) for x in (k, v))
     a = phi(q) @ (k if fault == "keys without feature map" else phi(k)).swapaxes(2, 3)
     a = np.where(aligned(q.shape[2], k.shape[2], causal, late=-1 if fault == "own key not seen" else 0), a, a.dtype.type(0))
-    total = a.sum(-1, keepdims=True) + (0 if fault == "eps left out" else eps)
-    return a @ v if fault == "not normalised" else (a @ v) / np.where(total != 0, total, a.dtype.type(1))
+    summed, total = a @ v, a.sum(-1, keepdims=True) + (0 if fault == "eps left out" else eps)
+    if initial_state is not None:
+        summed = summed + phi(q) @ per_query_head(initial_state, q.shape[1])
+    if initial_mass is not None:
+        total = total + phi(q) @ per_query_head(initial_mass, q.shape[1])[..., None]
+    return summed if fault == "not normalised" else summed / np.where(total != 0, total, a.dtype.type(1))
 
 
-def retention(q, k, v, decay, initial_state=None, *, scale=None, form="parallel", fault=""):
+def retention(q, k, v, decay, initial_state=None, *, scale=None, fault=""):
     batch, heads, n, d = q.shape
     state = np.zeros((batch, k.shape[1], d, v.shape[3]), q.dtype)
     if initial_state is not None and fault != "initial state ignored":

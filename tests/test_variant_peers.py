@@ -343,9 +343,8 @@ def linear_tolerance(q, k, v, causal, eps, unit, roundings):
     return (error @ size + error.sum(-1, keepdims=True) * (similarity @ size) / total) / total + 8 * unit * (similarity @ size) / total
 
 
-@pytest.mark.parametrize("form", ["quadratic", "recurrent"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_linear_is_torch_elu_and_matmul(causal, form):
+def test_linear_is_torch_elu_and_matmul(causal):
     import torch
     import torch.nn.functional as F
 
@@ -355,7 +354,7 @@ def test_linear_is_torch_elu_and_matmul(causal, form):
     if causal:
         similarity = similarity.tril(diagonal=2)  # S - T
     out = similarity @ values / (similarity.sum(-1, keepdim=True) + 1e-6)
-    ours = ra.attend("linear", q, k, v, causal=causal, form=form)
+    ours = ra.attend("linear", q, k, v, causal=causal, backend="definition")
     assert_within(out, ours, linear_tolerance(q, k, v, causal, 1e-6, DOUBLE, roundings=4 + 7 + 2))
 
 
@@ -383,12 +382,11 @@ def onnx_linear_attention(rule, q, k, v, decay=None, state=None):
     return out.reshape(q.shape[0], q.shape[2], q.shape[1], -1).swapaxes(1, 2).astype(np.float64), state
 
 
-@pytest.mark.parametrize("form", ["quadratic", "recurrent"])
-def test_linear_is_a_quotient_of_two_onnx_linear_attentions(form):
+def test_linear_is_a_quotient_of_two_onnx_linear_attentions():
     q, k, v = (x.astype(np.float32).astype(np.float64) for x in (numbers(1, 2, 6, 5, 4), numbers(2, 2, 2, 5, 4), numbers(3, 2, 2, 5, 3)))
     numerator, _ = onnx_linear_attention("linear", features(q), features(k), v)
     denominator, _ = onnx_linear_attention("linear", features(q), features(k), np.ones((2, 2, 5, 1)))
-    ours = ra.attend("linear", q, k, v, causal=True, eps=0.0, form=form)
+    ours = ra.attend("linear", q, k, v, causal=True, eps=0.0, backend="definition")
     assert_within(numerator / denominator, ours, linear_tolerance(q, k, v, True, 0.0, SINGLE, roundings=4 + 5 + 2))
 
 
@@ -399,21 +397,19 @@ def retention_tolerance(q, k, v, decay, initial_state, scale, unit, per_step):
     return tuple(2 * unit * (per_step * n + d + 4) * size for size in sizes)
 
 
-@pytest.mark.parametrize("form", ["parallel", "recurrent"])
-def test_retention_is_onnx_gated_linear_attention(form):
+def test_retention_is_onnx_gated_linear_attention():
     q, k, v, state = numbers(1, 2, 6, 9, 4), numbers(2, 2, 2, 9, 4), numbers(3, 2, 2, 9, 3), numbers(4, 2, 2, 4, 3)
     q, k, v, state = (x.astype(np.float32).astype(np.float64) for x in (q, k, v, state))
     decay = np.array([0.8, 1.0])
     out, last = onnx_linear_attention("gated", q, k, v, decay, state)
-    ours, our_last = ra.attend("retention", q, k, v, decay, state, scale=1.0, form=form, returns=("out", "state"))
+    ours, our_last = ra.attend("retention", q, k, v, decay, state, scale=1.0, backend="definition", returns=("out", "state"))
     of_out, of_state = retention_tolerance(q, k, v, decay, state, 1.0, SINGLE, per_step=FUNCTION + 3)
     assert_within(out, ours, of_out)
     assert_within(last, our_last, of_state)
 
 
-@pytest.mark.parametrize("form", ["parallel", "recurrent"])
-def test_retention_is_the_lightning_attention_of_minimax(form):
-    """In blocks of 4 tokens, which neither form of the definition knows."""
+def test_retention_is_the_lightning_attention_of_minimax():
+    """In blocks of 4 tokens, which the definition does not know."""
     import torch
     from transformers import MiniMaxConfig
     from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
@@ -434,7 +430,7 @@ def test_retention_is_the_lightning_attention_of_minimax(form):
     out = 2.0 * halved.reshape(2, 11, 3, 4).transpose(1, 2).numpy()
     q, k, v = np.split(projected, 3, axis=-1)
     decay = np.exp(-layer.slope_rate.numpy().ravel())
-    ours, our_last = ra.attend("retention", q, k, v, decay, scale=1.0, form=form, returns=("out", "state"))
+    ours, our_last = ra.attend("retention", q, k, v, decay, scale=1.0, backend="definition", returns=("out", "state"))
     # A power of the decay is one exponential of slope x tokens there: FUNCTION and the rounded exponent, no more than one per token.
     of_out, of_state = retention_tolerance(q, k, v, decay, np.zeros((2, 3, 4, 4)), 1.0, DOUBLE, per_step=FUNCTION + 3)
     assert_within(out, ours, of_out)
