@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from .api import cost as cost
     from .api import describe as describe
     from .api import gradients as gradients
+    from .api import initial_state as initial_state
     from .api import set_num_threads as set_num_threads
+    from .api import step as step
     from .api import tolerance as tolerance
     from .api import variants as variants
     from .functions import BlockMask as BlockMask
@@ -42,7 +44,9 @@ _HOME = {
         "cost",
         "describe",
         "gradients",
+        "initial_state",
         "set_num_threads",
+        "step",
         "tolerance",
         "variants",
     ),

@@ -27,6 +27,7 @@ def attend(
     returns: str | Sequence[str] | None = None,
     layout: str | Sequences = "BHTD",
     backend: str = "auto",
+    form: str | None = None,
     out: Any = None,
     **keywords: Any,
 ) -> Any:
@@ -44,6 +45,9 @@ def attend(
         Order of head and sequence axes, in operands and outputs alike; or where sequences of different lengths lie.
     backend : {"auto", "definition", "cpu", "cuda"}
         Only ``"auto"`` chooses; a backend named and not there is an error.
+    form : {"recurrent", "quadratic", "chunked"}, optional
+        How the CPU engine computes a variant that has a recurrence: token by token, every token looking back at every other, or chunk by chunk.
+        They agree up to rounding; unless said, the engine chooses.
     out : ndarray or tuple of ndarray, optional
         Where to write the outputs.
     **keywords
@@ -79,7 +83,7 @@ def attend(
     """
     call = problem.bind(catalog.variant(name), operands, keywords, returns, layout)
     targets = None if out is None else problem.check_out(call, out)
-    return problem.release(call, backends.run(call, backend), targets)
+    return problem.release(call, backends.run(call, backend, form), targets)
 
 
 def attention(q: Any, k: Any, v: Any, **keywords: Any) -> Any:
@@ -152,6 +156,7 @@ def gradients(
     d_out: Any = None,
     layout: str | Sequences = "BHTD",
     backend: str = "auto",
+    form: str | None = None,
     **keywords: Any,
 ) -> Any:
     """Gradients of a variant with respect to every real operand given, for given cotangents of its outputs.
@@ -169,6 +174,8 @@ def gradients(
         Order of head and sequence axes, in operands, cotangents and gradients alike; or where sequences lie.
     backend : {"auto", "definition", "cpu", "cuda"}
         As in `attend`.
+    form : {"recurrent", "chunked"}, optional
+        As in `attend`; the quadratic form has no gradients.
     **keywords
         The variant's parameters, operands by name, cotangents, and functions as in `attend`; a score_mod needs its ``slope``, unless the
         definition is differentiated.
@@ -204,7 +211,91 @@ def gradients(
         raise OperandError(f"{name}: no cotangent given; pass at least one of {', '.join('d_' + o.name for o in variant.outputs)}")
     call = problem.bind(variant, operands, options, tuple(cotangents), layout)
     checked = {output: derivatives.check_cotangent(call, output, x) for output, x in cotangents.items()}
-    return derivatives.release(call, backends.gradients(call, checked, backend))
+    return derivatives.release(call, backends.gradients(call, checked, backend, form))
+
+
+def initial_state(name: str, *, dtype: Any = "float32", **sizes: Any) -> dict[str, Any]:
+    """What a variant carries before the first token, neutral: arrays by name, for `step`.
+
+    Parameters
+    ----------
+    name : str
+        A variant that carries something: with an operand ``initial_state``, say, and an output ``state``.
+    dtype : str or dtype
+        Of the operands; what is carried is at least float32.
+    **sizes
+        Axes of what is carried (``B=1, Hkv=8, D=128, E=128``).  A missing E is D, a missing Hkv is Hq.
+
+    Returns
+    -------
+    dict of str to ndarray
+
+    Raises
+    ------
+    UnknownVariantError, ShapeError, DtypeError, ParameterError
+
+    Examples
+    --------
+    >>> import refattn as ra
+    >>> {name: x.shape for name, x in ra.initial_state("linear", B=1, Hkv=2, D=4).items()}
+    {'state': (1, 2, 4, 4), 'mass': (1, 2, 4)}
+    """
+    from . import steps
+
+    return steps.neutral(catalog.variant(name), dtype, sizes)
+
+
+def step(
+    name: str,
+    state: Mapping[str, Any] | None,
+    /,
+    *operands: Any,
+    returns: str | Sequence[str] = ("out",),
+    layout: str = "BHTD",
+    backend: str = "auto",
+    **keywords: Any,
+) -> tuple[Any, ...]:
+    """A variant of the next tokens, going on from what was carried: the memory of one state, however long the sequence has become.
+
+    Parameters
+    ----------
+    name : str
+        A variant that carries something from token to token.
+    state : mapping of str to array_like, or None
+        What an earlier `step`, `attend` or `initial_state` gave, by the outputs' names (``"state"``, ``"mass"``, ...); None before the first token.
+        NumPy arrays of the carried dtype are updated in place: pass copies to keep them.
+    *operands : array_like
+        The new tokens, one or more, as `attend` takes them.
+    returns : str or sequence of str
+        Outputs wanted beside what is carried.
+    layout : {"BHTD", "BTHD"}
+        As in `attend`.
+    backend : {"auto", "definition", "cpu", "cuda"}
+        As in `attend`.
+    **keywords
+        The variant's parameters, and operands by name.
+
+    Returns
+    -------
+    tuple
+        The outputs, and a dict of what is carried now.
+
+    Raises
+    ------
+    UnknownVariantError, ShapeError, DtypeError, OperandError, ParameterError, BackendUnavailableError
+
+    Examples
+    --------
+    >>> import numpy as np, refattn as ra
+    >>> state, token = None, np.ones((1, 1, 1, 1))
+    >>> for _ in range(3):
+    ...     out, state = ra.step("retention", state, token, token, token, np.array([0.5]))
+    >>> float(out[0, 0, 0, 0])
+    1.75
+    """
+    from . import steps
+
+    return steps.step(catalog.variant(name), state, operands, returns, layout, backend, keywords)
 
 
 def _cotangents(variant: Variant, d_out: Any, keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -364,7 +455,7 @@ def certify(
     Parameters
     ----------
     name : str
-        A variant of softmax over scaled inner products: ``"softmax"``, ``"luong_dot"``, ...
+        A variant of softmax over scaled inner products (``"softmax"``, ``"luong_dot"``, ...), or with a recurrence (``"kda"``, ``"linear"``, ...).
     *operands : array_like
         As `attend` takes them; taken exactly as they are, in any format.
     returns : str or sequence of str, optional
@@ -387,9 +478,9 @@ def certify(
 
     Notes
     -----
-    The exact number is that of the plan: a ``scale`` of None is the float64 number ``D ** -0.5``.  Elements that need tier 2 stay enclosed only where
-    python-flint is not installed (``pip install 'refattn[exact]'``); elements that an infinite or NaN operand takes part in are NaN with an infinite
-    bound.  What bounds rest on: `refattn.exact.trusted`.
+    The exact number is that of the plan or recurrence: a ``scale`` of None is the float64 number ``D ** -0.5``.  Elements that need tier 2 stay
+    enclosed only where python-flint is not installed (``pip install 'refattn[exact]'``); elements that an infinite or NaN operand takes part in
+    are NaN with an infinite bound.  What bounds rest on: `refattn.exact.trusted`.
 
     Examples
     --------
@@ -480,7 +571,7 @@ def tolerance(
     how, truth = profiles.resolve(profile, call.dtype), definition.run(call)
     backward = backpropagated(call, truth, checked) if checked else None
     found = tolerances(call, truth, how, backward=backward)
-    arrays = {n: problem.to_layout(axes_of(variant, n), x, call.layout) for n, x in found.items()}
+    arrays = {n: problem.to_layout(axes_of(variant, n), x, call.layout, operand=n not in call.returns) for n, x in found.items()}
     return namedtuple("Tolerance", arrays)(**arrays)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import numpy as np
 from . import catalog, definition, entrywise
 from .costs import flops
 from .engine import run as engine
+from .engine.state import run as state
 from .errors import BackendUnavailableError, ParameterError
 from .functions import Aux
-from .problem import Problem
+from .problem import Problem, split
 from .sequences import Paged
 from .spec import Dims, Variant
 
@@ -23,8 +25,13 @@ if TYPE_CHECKING:
 NAMES = ("auto", "definition", "cpu", "cuda")
 
 
-def run(problem: Problem, backend: str) -> dict[str, np.ndarray]:
-    """The outputs asked for, by the backend of that name.
+def run(problem: Problem, backend: str, form: str | None = None, homes: Mapping[str, np.ndarray] = MappingProxyType({})) -> dict[str, np.ndarray]:
+    """The outputs asked for, by the backend of that name, and in that form of a recurrence.
+
+    Parameters
+    ----------
+    homes : mapping of str to ndarray
+        Carried arrays, by output, that may be overwritten by what is carried after the call, and are then what is returned of that name.
 
     Raises
     ------
@@ -32,17 +39,21 @@ def run(problem: Problem, backend: str) -> dict[str, np.ndarray]:
     """
 
     def reason() -> str:
-        if backend == "auto" and _is_tiny(problem):
+        if backend == "auto" and form is None and _is_tiny(problem):
             return "plain Python is done before a kernel is loaded"
-        return engine.reason_against(problem)
+        return engine.reason_against(problem) if problem.variant.recurrence is None else state.reason_against(problem)
 
-    if _chosen(problem, backend, reason) == "definition":
+    if _chosen(problem, backend, form, reason) == "definition":
         return definition.run(problem)
-    return engine.run(problem)
+    if problem.variant.recurrence is None:
+        return engine.run(problem)
+    if problem.sequences is None:
+        return state.run(problem, form, homes=homes)
+    return definition.joined(problem, (state.run(one, form) for one in split(problem)))
 
 
-def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: str) -> Gradients:
-    """Gradients for cotangents (BHTD) of some outputs, by the backend of that name.
+def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: str, form: str | None = None) -> Gradients:
+    """Gradients for cotangents (BHTD) of some outputs, by the backend of that name, and through that form of a recurrence.
 
     Raises
     ------
@@ -53,11 +64,18 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: s
     _check_gradients(problem, backend)
 
     def reason() -> str:
-        return engine.reason_against_gradients(problem, cotangents)
+        if problem.variant.recurrence is None:
+            return engine.reason_against_gradients(problem, cotangents)
+        return state.reason_against_gradients(problem, form)
 
-    if _chosen(problem, backend, reason) == "definition":
+    if _chosen(problem, backend, form, reason) == "definition":
         return derivatives.gradients(problem, cotangents)
-    return derivatives.Gradients(engine.gradients(problem, cotangents), {})
+    if problem.variant.recurrence is None:
+        return derivatives.Gradients(engine.gradients(problem, cotangents), {})
+    if problem.sequences is None:
+        return derivatives.Gradients(state.gradients(problem, cotangents, form), {})
+    each = (state.gradients(one, derivatives.cotangents_of(problem, n, cotangents), form) for n, one in enumerate(split(problem)))
+    return derivatives.Gradients(derivatives.joined(problem, each), {})
 
 
 def tile_classes(mask_mod: Callable[..., Any], aux: Aux, shape: tuple[int, int, int, int], block: tuple[int, int]) -> np.ndarray:
@@ -71,7 +89,10 @@ def tile_classes(mask_mod: Callable[..., Any], aux: Aux, shape: tuple[int, int, 
 
 def of(variant: Variant) -> tuple[str, ...]:
     """The backends that can run a variant, for some of its parameters at least."""
-    plan = None if variant.plan is None else variant.plan(dict.fromkeys(variant.axes, 1), {p.name: p.default for p in variant.params})
+    dims, params = dict.fromkeys(variant.axes, 1), {p.name: p.default for p in variant.params}
+    if variant.recurrence is not None:
+        return ("definition",) if state.reason_against_rule(variant, variant.recurrence(dims, params)) else ("definition", "cpu")
+    plan = None if variant.plan is None else variant.plan(dims, params)
     return ("definition",) if plan is None or engine.reason_against_plan(plan) else ("definition", "cpu")
 
 
@@ -81,13 +102,15 @@ def allocated(variant: Variant, dims: Dims, params: Mapping[str, Any], itemsize:
     return {} if plan is None or engine.reason_against_plan(plan) else {"cpu": engine.allocated(plan, dims, itemsize)}
 
 
-def _chosen(problem: Problem, backend: str, reason: Callable[[], str]) -> str:
-    _check(problem, backend)
+def _chosen(problem: Problem, backend: str, form: str | None, reason: Callable[[], str]) -> str:
+    _check(problem, backend, form)
     if backend == "cuda":
         raise BackendUnavailableError(f"{problem.variant.name}: backend 'cuda' is not part of this version; use 'cpu', 'definition' or 'auto'")
     if backend == "definition":
         return backend
     against = reason() or _without_compiler()
+    if against and form is not None:
+        raise BackendUnavailableError(f"{problem.variant.name}: form {form!r} does not run this call: {against}; leave form out")
     if backend == "cpu" and against:
         raise BackendUnavailableError(f"{problem.variant.name}: backend 'cpu' does not run this call: {against}; use 'definition' or 'auto'")
     return "definition" if against else "cpu"
@@ -113,6 +136,15 @@ def _without_compiler() -> str:
     return "NUMBA_DISABLE_JIT is set, and vectors exist in compiled code only" if numba.config.DISABLE_JIT else ""
 
 
-def _check(problem: Problem, backend: str) -> None:
+def _check(problem: Problem, backend: str, form: str | None) -> None:
+    name = problem.variant.name
     if not isinstance(backend, str) or backend not in NAMES:
-        raise ParameterError(f"{problem.variant.name}: {catalog.unknown('backend', backend, NAMES)}")
+        raise ParameterError(f"{name}: {catalog.unknown('backend', backend, NAMES)}")
+    if form is None:
+        return
+    if not isinstance(form, str) or form not in state.FORMS:
+        raise ParameterError(f"{name}: {catalog.unknown('form', form, state.FORMS)}")
+    if problem.variant.recurrence is None:
+        raise ParameterError(f"{name}: form={form!r}; it has no recurrence, and so no forms")
+    if backend == "definition":
+        raise ParameterError(f"{name}: form={form!r}, but backend='definition' has one form, the loops of its file; use 'cpu' or 'auto'")

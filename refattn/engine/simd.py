@@ -29,6 +29,7 @@ only the width is chosen for the host.
     total(v), widest(v)         sum and largest of the lanes
     store_totals(s, at, row_step, vectors)  sums of the lanes of sixteen vectors at once
     transpose_in, transpose_hidden_in, transpose_out, gather    square blocks, between a panel and rows whose addresses a table holds
+    transpose_at                                                 a square block, from one address to another
 
 `at` is an index for a one-dimensional array and a tuple of indices otherwise; the last axis must be contiguous (but for `address`), the others may
 have any stride.
@@ -332,7 +333,7 @@ def store_totals(typingctx, s, at, row_step, vectors):  # type: ignore[no-untype
         together = min(4, kind.count)
         done = 0
         for first in range(0, len(given), kind.count):
-            summed = _totals(builder, list(given[first : first + kind.count]), element)
+            summed = sums_of_lanes(builder, list(given[first : first + kind.count]), element)
             for lane in range(0, kind.count, together):
                 part = builder.shuffle_vector(summed, summed, ir.Constant(ir.VectorType(_I32, together), [lane + n for n in range(together)]))
                 offset = builder.add(builder.mul(between_rows, ir.Constant(_I64, done // 4)), ir.Constant(_I64, done % 4 * element))
@@ -343,7 +344,7 @@ def store_totals(typingctx, s, at, row_step, vectors):  # type: ignore[no-untype
     return types.void(s, at, row_step, vectors), emit
 
 
-def _totals(builder: ir.IRBuilder, vectors: list[Any], element: int) -> Any:
+def sums_of_lanes(builder: ir.IRBuilder, vectors: list[Any], element: int) -> Any:
     """A vector whose lane l is the sum of the lanes of vector l: neighbours are added, and halves of two vectors joined, until one is left.
 
     First lanes are neighbours, inside each 16 bytes, where processors move them cheaply; then every 16 bytes are one lane.
@@ -698,6 +699,26 @@ def transpose_out(typingctx, panel, at, step, rows, n, x):  # type: ignore[no-un
         return context.get_dummy_value()
 
     return types.void(panel, at, step, rows, n, x), emit
+
+
+@intrinsic
+def transpose_at(typingctx, a, source, source_row, target, target_row):  # type: ignore[no-untyped-def]
+    """A square block of a's elements, as wide as a vector, from one address to another, transposed; rows are so many bytes apart here and there."""
+    kind = VecType(a.dtype)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, source, source_row, target, target_row = args
+        vector = ir.VectorType(_LL[a.dtype], kind.count).as_pointer()
+
+        def rows(place: Any, step: Any) -> list[Any]:
+            return [builder.inttoptr(builder.add(place, builder.mul(step, ir.Constant(_I64, n))), vector) for n in range(kind.count)]
+
+        block = _transposed(builder, [builder.load(one, align=1) for one in rows(source, source_row)])
+        for row, one in zip(block, rows(target, target_row), strict=True):
+            builder.store(row, one, align=1)
+        return context.get_dummy_value()
+
+    return types.void(a, *(types.int64,) * 4), emit
 
 
 @intrinsic

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,16 +33,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.after_fork)
 
 
-def launch(alone: Any, together: Any, element: np.dtype, arguments: tuple[Any, ...], work: float, threads: int | None) -> None:
+def launch(
+    alone: Any, together: Any, element: np.dtype, arguments: tuple[Any, ...], work: float, threads: int | None, compiled: Callable[..., Any] = kernel
+) -> None:
     """Call one of two entry points: that for several threads, with their number, if there are several and the work is worth them."""
     if work >= PARALLEL_FROM and not _pool.lost:
         threads = available_threads() if threads is None else threads
         if threads > 1:
             with _pool.one_at_a_time:
                 _pool.started = True
-                kernel(together, element)(*arguments, threads)
+                compiled(together, element)(*arguments, threads)
             return
-    kernel(alone, element)(*arguments)
+    compiled(alone, element)(*arguments)
 
 
 def available_threads() -> int:

@@ -1,0 +1,9 @@
+"""The forms there are, which agree: a module each, with ``forward(lowered, threads)`` and, but for the quadratic one, ``backward``."""
+
+from . import chunked, quadratic, recurrent
+from .lowering import Lowering
+
+__all__ = ["CHUNKED_FROM", "Lowering", "chunked", "quadratic", "recurrent"]
+
+#: Tokens from which chunks pay.
+CHUNKED_FROM = 16

@@ -1,0 +1,44 @@
+"""A recurrence in numbers: what every form of it takes, and in which its gradients come back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """Arrays of one format, float32 or float64, C-contiguous; H states, each read by Hq // H query heads (query head h by state h // (Hq // H)).
+
+        S <- exp(g_t) * S                                   g_t over the rows of S, or one number
+        S <- S + b_r (w_r - e_r^T S)^T    for r = 0 .. R-1  in this order; if `old`, every e_r reads S as it was before the token, not faded
+        out_t = scale * q_t^T S                             or, if `exclusive`, with S as it was before the token, not faded, and
+        out_t = scale * q_t^T (S + sum_r (u_t * b_r) w_r^T)
+
+    Gradients are one of these too, each array holding that of its namesake, None where that is None.
+
+    q
+        [B, Hq, T, K]
+    b, w
+        Keys and values of the R writes of a token: [B, H, T, R, K] and [B, H, T, R, V].
+    S0
+        State before the first token: [B, H, K, V].
+    g
+        Logarithm of the decay, [B, H, T, K] or [B, H, T, 1]; -inf forgets.  None: nothing fades.
+    e
+        What an erasure reads, [B, H, T, R, K]; None: nothing is erased.
+    u
+        Bonus of the token's own keys, [B, H, T, K], of exclusive reads only; None: the token does not see itself.
+    """
+
+    q: np.ndarray
+    b: np.ndarray
+    w: np.ndarray
+    S0: np.ndarray
+    g: np.ndarray | None = None
+    e: np.ndarray | None = None
+    u: np.ndarray | None = None
+    old: bool = False
+    exclusive: bool = False
+    scale: float = 1.0

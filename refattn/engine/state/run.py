@@ -1,0 +1,145 @@
+"""Which problems the state engine runs, in which form, and running them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from ...errors import BackendUnavailableError
+from ...problem import Problem
+from ...spec import Recurrence, Variant
+
+FORMS = ("recurrent", "quadratic", "chunked")
+
+
+def reason_against(problem: Problem) -> str:
+    """Why the engine does not run a problem; "" where it does."""
+    rule = problem.recurrence
+    if rule is None:
+        return "it has no recurrence"
+    others = [name for name in problem.returns if name not in ("out", *_carried(rule))]
+    return reason_against_rule(problem.variant, rule) or (f"it does not return {others[0]}" if others else "")
+
+
+def reason_against_rule(variant: Variant, rule: Recurrence) -> str:
+    """Why the engine does not run a recurrence; "" where it does."""
+    if rule.exclusive and rule.input_gate:
+        return "there is no kernel for an exclusive read with an input gate"
+    if not rule.causal and (rule.log_decay or rule.exclusive or any(w.erase for w in rule.writes)):
+        return "there is no kernel for what fades or erases and is not causal"
+    if len({w.old for w in rule.writes if w.erase}) > 1:
+        return "there is no kernel for erasures of which some read the state before the token"
+    if rule.steps and len(rule.writes) > 1:
+        return "there is no kernel for several writes of several steps"
+    known = {o.name for o in variant.operands}
+    unknown = [name for name in (rule.initial, rule.mass, rule.maximum) if name not in known and name.removeprefix("initial_") in variant.carried]
+    return f"there is no operand {unknown[0]}" if unknown else ""
+
+
+def reason_against_gradients(problem: Problem, form: str | None) -> str:
+    """Why the engine has no gradients of a problem; "" where it has."""
+    if form == "quadratic":
+        return "the quadratic form has no gradients"
+    against = reason_against(problem)
+    if not against and problem.recurrence is not None and any(_is_zero(problem, name) for name in _logarithms(problem.recurrence)):
+        return "the logarithm of a decay of 0 has no slope"
+    return against
+
+
+def run(
+    problem: Problem, form: str | None = None, threads: int | None = None, homes: Mapping[str, np.ndarray] = MappingProxyType({})
+) -> dict[str, np.ndarray]:
+    """The outputs asked for, in float32, or float64 for float64 operands.
+
+    Parameters
+    ----------
+    problem : Problem
+        A dense one that `reason_against` has nothing against.
+    form : {"recurrent", "quadratic", "chunked"}, optional
+        The fastest unless said.
+    threads : int, optional
+        As many as Numba uses, unless said.  The result does not depend on it.
+    homes : mapping of str to ndarray
+        Carried arrays that may be overwritten by what is carried then.  A state is where it can be, which spares a copy, and the array returned.
+
+    Raises
+    ------
+    BackendUnavailableError
+        That form cannot express the problem.
+    """
+    lowering = _loaded().Lowering(problem)
+    how = _form(problem, lowering.lowered, form)
+    home = lowering.home(homes) if how is _loaded().recurrent else None
+    if home is None:
+        found = lowering.outputs(*how.forward(lowering.lowered, threads))
+    else:
+        name, state = home
+        found = {**lowering.outputs(how.advance(lowering.lowered, state, threads), state), name: homes[name]}
+    return {name: found[name] for name in problem.returns}
+
+
+def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], form: str | None = None, threads: int | None = None) -> dict[str, np.ndarray]:
+    """Gradients of sum(cotangent * output) by ``d_<operand>``, in the shapes operands were given in (BHTD).
+
+    Parameters
+    ----------
+    problem : Problem
+        A dense one that `reason_against_gradients` has nothing against.
+    cotangents : mapping of str to ndarray
+        By output, in their shapes.
+    form : {"recurrent", "chunked"}, optional
+        The fastest unless said.
+    threads : int, optional
+        As many as Numba uses, unless said.  The result does not depend on it.
+
+    Raises
+    ------
+    BackendUnavailableError
+        That form cannot express the problem.
+    """
+    lowering = _loaded().Lowering(problem)
+    how = _form(problem, lowering.lowered, form)
+    outputs = how.forward(lowering.lowered, threads) if lowering.needs_outputs else None
+    found: dict[str, np.ndarray] = lowering.gradients(how.backward(lowering.lowered, *lowering.cotangents(cotangents, outputs), threads))
+    return found
+
+
+def _form(problem: Problem, lowered: Any, form: str | None) -> Any:
+    """The module of a form; of none, the fastest that expresses it."""
+    loaded = _loaded()
+    if form is None and lowered.q.shape[2] < loaded.CHUNKED_FROM:
+        form = "recurrent"
+    if form in (None, "chunked"):
+        against = loaded.chunked.reason_against(lowered)
+        if form and against:
+            raise BackendUnavailableError(f"{problem.variant.name}: form 'chunked' does not run this call: {against}; use 'recurrent', or None")
+        form = "recurrent" if against else "chunked"
+    return getattr(loaded, form)
+
+
+def _carried(rule: Recurrence) -> list[str]:
+    """Outputs that a recurrence has beside `out`."""
+    names = [rule.initial, *([rule.mass] if rule.normalizer else []), *([rule.maximum] if rule.input_gate else [])]
+    return [name.removeprefix("initial_") for name in names]
+
+
+def _logarithms(rule: Recurrence) -> list[str]:
+    """Operands that a recurrence takes the logarithm of."""
+    factors = [f for f in (*rule.log_decay, *rule.input_gate) if not isinstance(f, str) and f.map is not None]
+    return [f.operand for f in factors if f.map is not None and f.map.__name__.endswith(".log")]
+
+
+def _is_zero(problem: Problem, name: str) -> bool:
+    return name in problem.given and bool((np.asarray(problem.given[name]) == 0).any())
+
+
+@functools.cache
+def _loaded() -> Any:
+    """The modules that compile, which nobody who only asks should wait for."""
+    from . import forms
+
+    return forms
