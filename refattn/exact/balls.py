@@ -30,6 +30,13 @@ def precisions() -> Iterator[int]:
         bits *= 2
 
 
+def precision(bits: int) -> Any:
+    """A context in which flint computes with so many bits."""
+    import flint
+
+    return flint.ctx.workprec(bits)
+
+
 @dataclass(frozen=True)
 class Row:
     """One row as balls: scores, scaled products q . k and weights exp(s - top) by key, the sink's weight, the sink, and the sum of all weights."""

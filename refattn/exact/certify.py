@@ -5,6 +5,8 @@
     tier 2      Arb balls, precision doubled until they decide         refattn.exact.balls      needs python-flint
     tier 3      rational numbers: results that may be ties             refattn.exact.rational
 
+Recurrences have their own first rungs: `refattn.exact.recurrent`.
+
 A result is *decided* when both ends of its enclosure round to the same number; what is not decided climbs.  What remains undecided at the top
 (because python-flint is missing, or because operands are not finite) is enclosed only, and says so.
 """
@@ -18,7 +20,7 @@ from fractions import Fraction
 from ..errors import ParameterError
 from ..problem import Problem, output_dtype
 from ..spec import shape
-from . import balls, rational, trusted
+from . import balls, rational, recurrent, trusted
 from .blocks import PROGRESS_FROM, Block, blocks, each, progress
 from .forward import fill
 from .prepared import prepare
@@ -37,6 +39,8 @@ def certify(problem: Problem) -> dict[str, Certified]:
     BackendUnavailableError
         When this machine's arithmetic is not what the bounds rest on.
     """
+    if problem.plan is None and problem.recurrence is not None:
+        return recurrent.certify(problem)
     trusted.check()
     asked, name = task(problem), problem.variant.name
     axes = {o.name: o.axes for o in problem.variant.outputs}

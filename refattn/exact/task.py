@@ -95,9 +95,11 @@ def task(problem: Problem) -> Task:
         When something in it has no enclosure in this room.
     """
     name, plan = problem.variant.name, problem.plan
-    reason = "it has no plan" if plan is None else _reason_against(problem, plan)
+    without = "it has neither plan nor recurrence" if problem.recurrence is None else "gradients of a recurrence have no enclosure"
+    reason = without if plan is None else _reason_against(problem, plan)
     if plan is None or reason:
-        raise ParameterError(f"{name}: cannot be certified: {reason}; variants of softmax over scaled inner products can, such as softmax")
+        known = "variants of softmax over scaled inner products can, such as softmax, and outputs of recurrences, such as gated_delta"
+        raise ParameterError(f"{name}: cannot be certified: {reason}; {known}")
     operands = problem.operands
     n_q, n_k = problem.dims["T"], problem.dims["S"]
     heads = "Hq" in problem.dims
