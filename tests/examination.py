@@ -1,6 +1,6 @@
 """The examination of the judge: kernels with faults planted by hand, singly, in pairs, and of kinds that it has never heard of.
 
-    python tests/examination.py [singles] [pairs] [open] [backward] [--dtype float32] [--pairs 300]
+    python tests/examination.py [singles] [pairs] [open] [backward] [delta] [features] [--dtype float32] [--pairs 300]
 
 prints a table for each part.  A fault is named *uniquely* when its code is all that is left, and *as a class* when it is among the codes that the
 calls could not tell apart.  Another name that explains the answers counts as wrong, and so does any name for a fault that no catalogue holds,
@@ -19,6 +19,8 @@ from typing import Annotated, Any
 import numpy as np
 import planted
 import planted_backward
+import planted_delta
+import planted_features
 import planted_open
 import typer
 from rich.console import Console
@@ -28,7 +30,7 @@ from rich.table import Table
 import refattn as ra
 from refattn.oracle.report import Report
 
-PARTS = ("singles", "pairs", "open", "backward")
+PARTS = ("singles", "pairs", "open", "backward", "delta", "features")
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,27 @@ def pairs(dtype: str, count: int, seed: int = 0) -> Iterator[Answer]:
         yield marked(f"{a} + {b}", expected, ra.check(planted.candidate(stages, f"{a} + {b}"), dtype=dtype))
 
 
+def delta(dtype: str) -> Iterator[Answer]:
+    """The gated delta rule; right kernels first, which pass as "missed"."""
+    for name, stages in {**planted_delta.RIGHT, **planted_delta.FAULTS}.items():
+        report = ra.check(planted_delta.candidate(stages, name), "gated_delta", dtype=dtype)
+        yield marked(name, [name.split()[0]], report)
+
+
+def features(dtype: str) -> Iterator[Answer]:
+    """Linear attention; right kernels first, which pass as "missed"."""
+    for name, stages in {**planted_features.RIGHT, **planted_features.FAULTS}.items():
+        report = ra.check(planted_features.candidate(stages, name), stages.variant, dtype=dtype)
+        yield marked(name, [name.split()[0]], report)
+
+
 def open_world(dtype: str) -> Iterator[Answer]:
     for name, (candidate, expected) in planted_open.CANDIDATES.items():
         yield marked(name, expected, ra.check(candidate, dtype=dtype))
 
 
 def main(
-    parts: Annotated[list[str] | None, typer.Argument(help="singles, pairs, open, backward; all unless said.")] = None,
+    parts: Annotated[list[str] | None, typer.Argument(help=", ".join(PARTS) + "; all unless said.")] = None,
     dtype: str = "float32",
     count: Annotated[int, typer.Option("--pairs", help="How many pairs.")] = 300,
     seed: int = 0,
@@ -114,7 +130,7 @@ def main(
     screen = Console()
     for part in parts or PARTS:
         run = {"singles": lambda: singles(dtype), "pairs": lambda: pairs(dtype, count, seed), "open": lambda: open_world(dtype)}
-        run["backward"] = lambda: backward(dtype)
+        run |= {"backward": lambda: backward(dtype), "delta": lambda: delta(dtype), "features": lambda: features(dtype)}
         answers = list(track(run[part](), f"{part}, {dtype}", console=Console(stderr=True), transient=True))
         table = Table("planted", "outcome", "named", title=f"{part}, {dtype}", title_justify="left", box=None)
         for answer in answers:

@@ -16,7 +16,7 @@ from refattn import catalog, cli
 from refattn.oracle import check, investigate
 from refattn.oracle.findings import Diagnosis, Explanation, Fact, Fault, Growth, Investigation
 from refattn.oracle.page import charts, html, pictures
-from refattn.spec import shape
+from refattn.spec import every_size, shape
 
 pytestmark = pytest.mark.compiled
 
@@ -286,7 +286,7 @@ def attend(q, k, v):
 @pytest.mark.parametrize("name", ra.variants())
 def test_every_variant_has_a_page_with_every_output_on_it(name):
     variant, rng = catalog.variant(name), np.random.default_rng(0)
-    dims = {"B": 1, "Hq": 2, "Hkv": 1, "T": 5, "S": 6, "D": 4, "E": 3, "Dq": 4, "Dk": 3, "A": 5, "M": 8}
+    dims = every_size({"B": 1, "Hq": 2, "Hkv": 1, "T": 5, "S": 6, "D": 4, "E": 3, "Dq": 4, "Dk": 3, "A": 5, "M": 8})
     operands = [o.draw(rng, shape(o.axes, dims)).astype(np.float32) for o in variant.operands if not o.optional]
     outputs = tuple(o.name for o in variant.outputs)
     answers = ra.attend(name, *operands, returns=outputs, backend="definition")

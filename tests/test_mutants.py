@@ -24,7 +24,7 @@ from refattn.problem import bind
 
 pytestmark = pytest.mark.compiled
 
-SCORED = tuple(ra.variants(family="scored"))
+SCORED = tuple(name for name in ra.variants() if catalog.variant(name).plan is not None)
 SOFTMAX = catalog.variant("softmax")
 EXACT = Profile("float64 throughout", 2.0**-53, scores=2.0**-53, probabilities=2.0**-53, exp_error=2.0**-52, tanh_error=2.0**-51)
 FLOAT32, BFLOAT16 = as_dtype("float32"), as_dtype("bfloat16")
@@ -74,16 +74,20 @@ def test_gradients_of_other_weights_are_the_definitions(normalizer):
 
 
 def test_every_field_is_some_mutants_and_every_change_is_one():
-    right, changed = mutants.Reading(), set()
+    changed = {False: set(), True: set()}  # of plans, and of recurrences
     for mutant in mutants.ALL:
         assert mutant.changes
+        kind = mutants.StateReading if "recurrence" in mutant.needs else mutants.Reading
+        right, own = kind(), changed["recurrence" in mutant.needs]
         for name, value in mutant.changes.items():
             inner = dict(value) if name == "recomputed" else {name: value}
             assert all(getattr(right, n) is not None for n in inner)
-            changed |= {name, *inner}
-        assert mutants.Reading(**mutant.changes) != right, mutant
-    changed |= {name for family in mutants.FAMILIES for name in (family.field, *family.changes)}
-    assert changed == {f.name for f in fields(right)}
+            own |= {name, *inner}
+        assert kind(**mutant.changes) != right, mutant
+    for family in mutants.FAMILIES:
+        changed["recurrence" in family.needs] |= {family.field, *family.changes}
+    assert changed[False] == {f.name for f in fields(mutants.Reading)}
+    assert changed[True] == {f.name for f in fields(mutants.StateReading)}
 
 
 def test_mutants_and_faults_are_told_apart():
@@ -91,7 +95,7 @@ def test_mutants_and_faults_are_told_apart():
     assert len(keys) == len(set(keys))
     for mutant in mutants.ALL:
         assert mutant.fault.words.endswith(".") and mutant.fault.right != mutant.fault.wrong and mutant.prior > 0
-        known = {*mutants.FEATURES, *(n for name in SCORED for n in mutants.may_show(catalog.variant(name)))}
+        known = {*mutants.FEATURES, *mutants.STATE_FEATURES, *(n for name in ra.variants() for n in mutants.may_show(catalog.variant(name)))}
         assert mutant.needs <= known, mutant.needs - known
 
 

@@ -25,7 +25,8 @@ def check_variant(name, fault="", **options):
 
 def test_the_faults_are_many_and_every_variant_has_some():
     assert len(planted.FAULTS) >= 30
-    assert set(VARIANTS) | {"softmax"} == set(ra.variants()), "a new variant needs a transcription and faults of its own"
+    scored = {name for name in ra.variants() if catalog.variant(name).plan is not None}
+    assert set(VARIANTS) | {"softmax"} >= scored, "a new variant needs a transcription and faults of its own; recurrences are test_state_oracle.py's"
     assert all(faults for _, _, faults in planted_variants.TRANSCRIPTIONS.values())
 
 

@@ -14,12 +14,12 @@ from refattn.candidate import Candidate
 from refattn.oracle import judge, probes, profiles
 from refattn.oracle.bounds import spread
 from refattn.oracle.bounds.perturbed import perturbed
-from refattn.oracle.bounds.products import products
+from refattn.oracle.bounds.recurrent import recurrent
 from refattn.oracle.bounds.scored import Scored
 from refattn.oracle.tolerance import tolerances
 from refattn.precision import as_dtype, round_to
 from refattn.problem import bind
-from refattn.spec import UNBOUNDED, shape
+from refattn.spec import UNBOUNDED, every_size, shape
 
 pytestmark = pytest.mark.compiled
 
@@ -178,7 +178,7 @@ def in_precision(problem, dtype):
     return {o.name: x for o, x in zip(problem.variant.outputs, results, strict=True)}
 
 
-SMALL = {"B": 1, "Hq": 2, "Hkv": 1, "T": 4, "S": 37, "D": 6, "E": 5, "Dq": 6, "Dk": 5, "A": 7, "M": 9}
+SMALL = every_size({"B": 1, "Hq": 2, "Hkv": 1, "T": 4, "S": 37, "D": 6, "E": 5, "Dq": 6, "Dk": 5, "A": 7, "M": 9})
 
 
 def small_problems(name):
@@ -208,7 +208,8 @@ def test_every_output_of_every_definition_in_float32_is_within_its_tolerance(nam
         for output, r in found.items():
             assert r < 1, (output, problem.params, r)
             largest[output] = max(largest.get(output, 0.0), r)
-    assert all(r > 1e-3 for r in largest.values()), f"a tolerance nothing comes near: {largest}"
+    assert all(r > 1e-3 or r == 0.0 for r in largest.values()), f"a tolerance nothing comes near: {largest}"  # 0: copied, or counted
+    assert largest[next(iter(largest))] > 0.0
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -287,9 +288,9 @@ def test_hidden_keys_and_values_do_not_move_a_causal_windowed_tolerance():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_nobody_analysed_is_bounded_by_how_its_definition_bends(name):
-    """The same definitions without plan or family: the statistical bound by perturbation holds for them too."""
+    """The same definitions without plan or recurrence: the statistical bound by perturbation holds for them too."""
     for problem in small_problems(name):
-        unknown = dataclasses.replace(problem, variant=dataclasses.replace(problem.variant, plan=None, family="learner"))
+        unknown = dataclasses.replace(problem, variant=dataclasses.replace(problem.variant, plan=None, recurrence=None))
         truth = definition.run(problem)
         found = ratios(unknown, in_precision(problem, np.float32), truth, profiles.resolve("math", np.dtype(np.float32)))
         assert found["out"] < 1, (problem.params, found)
@@ -297,11 +298,11 @@ def test_a_variant_nobody_analysed_is_bounded_by_how_its_definition_bends(name):
 
 def test_each_family_is_bounded_by_its_own_analysis():
     profile, f32 = profiles.resolve("math", np.dtype(np.float32)), np.dtype(np.float32)
-    for name, analysis in (("linear", products), ("retention", products)):
+    for name in ("linear", "retention"):
         problem = next(small_problems(name))
         truth = definition.run(problem)
         lam = spread(sum(truth[output].size for output in problem.returns), 1e-3)
-        bound = analysis(problem, dict(truth), profile, lam)["out"] * (1 + 2.0**-29)  # and the definition's own error in float64
+        bound = recurrent(problem, profile, lam)["out"] * (1 + 2.0**-29)  # and the definition's own error in float64
         unit, tiny = np.finfo(f32).eps / 2, float(np.finfo(f32).smallest_subnormal)
         np.testing.assert_allclose(tolerances(problem, truth, profile)["out"], bound + unit * (np.abs(truth["out"]) + bound) + tiny, rtol=1e-12)
         loose = perturbed(problem, dict(truth), profile, lam)["out"]

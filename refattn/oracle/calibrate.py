@@ -17,7 +17,7 @@ from ..candidate import Candidate
 from ..errors import ParameterError
 from ..precision import round_to
 from ..problem import bind
-from ..spec import Variant, shape
+from ..spec import Variant, every_size, shape
 from .cotangents import random
 from .gradients import affordable
 from .judge import Case, compare, judge
@@ -25,7 +25,7 @@ from .probes import Probe
 from .profiles import Profile, resolve
 
 #: Long enough for weights to be rounded in many binades, and for tiles.
-_PLAIN = {"B": 1, "Hq": 2, "Hkv": 1, "T": 16, "S": 256, "D": 32, "E": 32, "Dq": 32, "Dk": 24, "A": 16, "M": 24}
+_PLAIN = every_size({"B": 1, "Hq": 2, "Hkv": 1, "T": 16, "S": 256, "D": 32, "E": 32, "Dq": 32, "Dk": 24, "A": 16, "M": 24})
 
 
 def calibrated(variant: Variant, candidate: Candidate, dtype: np.dtype, fixed: Mapping[str, Any], alpha: float, seed: int = 0) -> Profile:

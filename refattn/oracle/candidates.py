@@ -83,6 +83,16 @@ def candidate(
     return _with_backward(found, backward, variant, framework, renamed)
 
 
+def returning(found: Candidate, variant: Variant, operands: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> Candidate:
+    """A function that did not say what it returns, asked once: more than one array are the output and all that is carried on."""
+    try:
+        answer = found.call(operands, params)
+    except Exception:  # what it is about shows in the calls that are judged
+        return found
+    several = isinstance(answer, tuple | list) and len(answer) == 1 + len(variant.carried)
+    return replace(found, returns=("out", *variant.carried)) if several else found
+
+
 def _wrapped(function: Any, name: str, variant: Variant, framework: str | None, rename: Mapping[str, str], returns: tuple[str, ...]) -> Candidate:
     convert = adapters.converter(framework or "numpy")
     required = [o.name for o in variant.operands if not o.optional]

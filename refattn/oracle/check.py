@@ -57,6 +57,8 @@ def check(
         raise OperandError(f"{judged.name}: inputs is a {type(inputs).__name__}; must map operand names to arrays")
     fixed = {**candidate.fixed, **params}
     _check_params(judged, fixed)
+    if returns is None and candidate is not target and judged.carried and candidate.returns == ("out",):
+        candidate = candidates.returning(candidate, judged, *_smallest(judged, storage, fixed, candidate))
     how = (
         calibrated(judged, candidate, storage, fixed, ALPHA, seed)
         if isinstance(profile, str) and profile == "auto"
@@ -153,8 +155,8 @@ def _in_bhtd(problem: Any, name: str, x: Any) -> np.ndarray:
         raise CandidateError(f"{problem.variant.name}: there is no {name}, because no {operand} was given")
     try:
         if name != operand:
-            x = real(x, name, to_layout(axes, problem.given[operand], problem.layout).shape, f"that of {operand}")
-            return from_layout(axes, x, problem.layout)
+            x = real(x, name, to_layout(axes, problem.given[operand], problem.layout, operand=True).shape, f"that of {operand}")
+            return from_layout(axes, x, problem.layout, operand=True)
         return from_layout(axes, checked(problem, name, x, spelled(axes, problem.layout)), problem.layout)
     except Malformed as complaint:
         raise CandidateError(f"{problem.variant.name}: {complaint}") from complaint
@@ -165,6 +167,14 @@ def _check_params(variant: Variant, params: Mapping[str, Any]) -> None:
     dims = dict.fromkeys(variant.axes, 1)
     operands = {o.name: np.ones(shape(o.axes, dims)) for o in variant.operands if not o.optional}
     bind(variant, (), {**operands, **params})
+
+
+def _smallest(variant: Variant, dtype: np.dtype, params: Mapping[str, Any], candidate: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Operands and parameters of the smallest call there is."""
+    dims = dict.fromkeys(variant.axes, 1)
+    operands = {o.name: np.ones(shape(o.axes, dims)).astype(dtype) for o in variant.operands if not o.optional}
+    problem = bind(variant, (), {**operands, **params})
+    return operands, {name: value for name, value in problem.params.items() if name in candidate.params}
 
 
 def _progress(items: Sequence[Probe], text: str) -> Iterator[Probe]:

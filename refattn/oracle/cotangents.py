@@ -16,14 +16,14 @@ import numpy as np
 from .. import definition, precision
 from ..candidate import Candidate
 from ..problem import Problem, bind, output_dtype
-from ..spec import Variant, shape
+from ..spec import Variant, every_size, shape
 from .gradients import affordable
 
 if TYPE_CHECKING:
     from .probes import Probe
 
 #: Sizes at which a definition can be differentiated numerically.
-SMALL: Mapping[str, int] = {"B": 1, "Hq": 2, "Hkv": 1, "T": 4, "S": 6, "D": 4, "E": 3, "Dq": 4, "Dk": 3, "A": 3, "M": 5}
+SMALL: Mapping[str, int] = every_size({"B": 1, "Hq": 2, "Hkv": 1, "T": 4, "S": 6, "D": 4, "E": 3, "Dq": 4, "Dk": 3, "A": 3, "M": 5})
 
 
 def with_cotangents(

@@ -128,3 +128,69 @@ def named(titles: tuple[str, ...]) -> tuple[Design, ...]:
     """Designs by their titles."""
     by_title = {d.title: d for d in POOL}
     return tuple(by_title[title] for title in titles)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One call of a recurrence, but for its random numbers.
+
+    Attributes
+    ----------
+    title : str
+    tokens : int
+    impulse : int
+        The only token with a value; -1: all have one.
+    gate : str
+        ``"strong"`` at every token, ``"none"``, or ``"jump"`` (strong at token `at`, none elsewhere); as drawn unless said.
+    at : int
+    strength : float
+        Of every write; as drawn if negative.
+    repeated : bool
+        Whether all keys are the first one.
+    lengths : bool
+        Whether queries and keys are of lengths that differ from token to token.
+    cut : int
+        After how many tokens the call is cut in two, the second carried on by what the first returns; 0 if it is not.
+    carried : bool
+        Whether there is a state before the first token.
+    """
+
+    title: str
+    tokens: int
+    impulse: int = -1
+    gate: str = ""
+    at: int = 0
+    strength: float = -1.0
+    repeated: bool = False
+    lengths: bool = False
+    cut: int = 0
+    carried: bool = True
+
+
+#: Around the edges of chunks of these lengths something goes wrong first.
+CHUNKS = (16, 32, 64, 128)
+
+#: Calls of recurrences, and which of them belong to the quick suite.
+TOKENS: tuple[Tokens, ...] = (
+    *(Tokens(f"one value, at token {at} of {n + 5}", n + 5, impulse=at, carried=False) for n in CHUNKS for at in (n - 1, n, n + 1)),
+    Tokens("one value, at the first token", 70, impulse=0, carried=False),
+    *(Tokens(f"strong decay at token {n} alone", n + 5, gate="jump", at=n) for n in CHUNKS),
+    Tokens("strong decay", 70, gate="strong"),
+    Tokens("no decay", 70, gate="none"),
+    *(Tokens(f"every strength {x:g}", 70, strength=x) for x in (0.0, 1.0, 2.0)),
+    Tokens("one key again and again", 70, repeated=True),
+    Tokens("one key again and again, every strength 1", 70, strength=1.0, repeated=True),
+    Tokens("keys and queries of many lengths", 70, lengths=True),
+    Tokens("one token, carried on", 1),
+    Tokens("cut in two at token 64", 131, cut=64),
+    Tokens("cut in two at token 23", 70, cut=23),
+    Tokens("cut in two after the first token", 18, cut=1),
+)
+QUICK_TOKENS = (
+    "one value, at token 64 of 69",
+    "strong decay",
+    "one key again and again",
+    "keys and queries of many lengths",
+    "cut in two at token 64",
+    "cut in two at token 23",
+)

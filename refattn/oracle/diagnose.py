@@ -213,7 +213,7 @@ def questions(cases: Sequence[Case], cotangents: Sequence[str] = ()) -> list[Que
     asked: list[Question] = []
     first: dict[tuple[Any, ...], Problem] = {}
     for case in cases:
-        if case.problem is None or case.outcome not in ("agrees", "differs"):
+        if case.problem is None or case.outcome not in ("agrees", "differs") or case.probe.cut:  # a call in two is not what a mutant answers
             continue
         problem = case.problem
         shapes = tuple(x.shape for o in problem.variant.operands if not o.optional for x in [problem.given[o.name]])
@@ -272,7 +272,7 @@ class Search:
 
     # ---- one hypothesis, one call ---------------------------------------------------------------------------------------------------
 
-    def answers(self, hypothesis: Hypothesis, question: Question) -> mutants.Answers:
+    def answers(self, hypothesis: Hypothesis, question: Question) -> mutants.Answers | mutants.StateAnswers:
         self._left -= question.cost
         return mutants.evaluate(question.problem, hypothesis.changes, question.cotangents or None, question.earlier.get(hypothesis.memory))
 
@@ -296,9 +296,18 @@ class Search:
         ratios = {name: float(r.max()) for name, r in case.ratios.items() if r.size and name not in said.outputs}  # nothing is known of these
         known = {name: x for name, x in case.answers.items() if x.size and name in said.outputs}
         expected = {name: said.outputs[name].reshape(x.shape) for name, x in known.items()}
+        if isinstance(said, mutants.StateAnswers):
+            for name, x in known.items():
+                lost = ~np.isfinite(x) & ~(np.abs(expected[name]) < said.beyond(x.dtype))
+                expected[name] = np.where(lost, x.astype(np.float64), expected[name])
         finite = {name for name, x in known.items() if bool((np.isfinite(x) & ~np.isfinite(expected[name])).any())}
         ratios |= dict.fromkeys(finite, math.inf)
         rest = {name: x for name, x in known.items() if name not in finite}
+        if rest and isinstance(said, mutants.StateAnswers):  # most are so far off that a rough tolerance refutes them
+            rough = said.rough(self.profile, self.alpha)
+            off = {n: float(ratio(x.astype(np.float64), expected[n], rough[n].reshape(x.shape)).max()) for n, x in rest.items() if n in rough}
+            if max(off.values(), default=0.0) > mutants.ROUGHLY:
+                return ratios | off
         if rest:
             tolerance = said.tolerance(self.profile, self.alpha)
             allowed = {name: tolerance[name].reshape(x.shape) for name, x in rest.items()}
@@ -662,7 +671,7 @@ class BlindSpots(Sequence[Fault]):
     @functools.cached_property
     def _faults(self) -> tuple[Fault, ...]:
         search, right = self._search, Hypothesis()
-        known: dict[int, tuple[mutants.Answers, dict[str, np.ndarray]]] = {}
+        known: dict[int, tuple[mutants.Answers | mutants.StateAnswers, dict[str, np.ndarray]]] = {}
         possible = frozenset(feature for q in search.asked for memory in MEMORIES for feature in q.shown(memory))
         unseen: dict[str, Fault] = {}
         seen: set[str] = set()

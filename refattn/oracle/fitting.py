@@ -78,7 +78,8 @@ def _refined(residuals: Residuals, start: float, low: float, high: float) -> tup
 
 
 def _square(residuals: Sequence[np.ndarray]) -> float:
-    return sum(float(np.nansum(r * r)) for r in residuals)
+    with np.errstate(over="ignore"):
+        return sum(float(np.nansum(r * r)) for r in residuals)
 
 
 def names(value: float, sizes: Mapping[str, int]) -> list[tuple[str, float]]:

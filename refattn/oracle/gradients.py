@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from .. import definition, derivatives
 from ..errors import ParameterError
 from ..problem import Problem, split
-from ..sequences import Packed, rows
+from ..sequences import Packed
 from .bounds.backward import Backward, applies
 from .bounds.scored import Scored
 from .profiles import Profile
@@ -43,8 +43,8 @@ def backpropagated(problem: Problem, truth: Mapping[str, np.ndarray], cotangents
     """Gradients of a problem whose outputs are `truth`, for cotangents by output."""
     cotangents = {name: np.asarray(x, np.float64) for name, x in cotangents.items()}
     if problem.sequences is not None:
-        parts = [(part, where) for _, part, where in sequences(problem, cotangents)]
-        values, errors = (joined(problem, ((getattr(x, kind), where) for x, where in parts)) for kind in ("values", "errors"))
+        parts = [part for _, part in sequences(problem, cotangents)]
+        values, errors = (derivatives.joined(problem, [getattr(x, kind) for x in parts]) for kind in ("values", "errors"))
         return Backpropagated(cotangents, values, errors)
     if applies(problem, cotangents):
         assert problem.plan is not None
@@ -54,24 +54,12 @@ def backpropagated(problem: Problem, truth: Mapping[str, np.ndarray], cotangents
     return Backpropagated(cotangents, found.values, found.errors)
 
 
-def sequences(problem: Problem, cotangents: Mapping[str, np.ndarray]) -> Iterator[tuple[Problem, Backpropagated, dict[str, tuple[slice, ...]]]]:
-    """Packed sequences as problems of their own, their gradients, and where those lie; an operand they share is left out there."""
-    places = problem.sequences
-    if not isinstance(places, Packed):
+def sequences(problem: Problem, cotangents: Mapping[str, np.ndarray]) -> Iterator[tuple[Problem, Backpropagated]]:
+    """Packed sequences as problems of their own, and their gradients."""
+    if not isinstance(problem.sequences, Packed):
         raise ParameterError(f"{problem.variant.name}: no gradients of Paged keys and values, which are a cache; pass them as Packed")
-    for n, (one, queries) in enumerate(split(problem)):
-        keys = rows(places.cu_seqlens_k, n)
-        own = {name: x[queries] for name, x in cotangents.items()}
-        yield one, backpropagated(one, definition.run(one), own), {"d_q": queries, "d_k": keys, "d_v": keys}
-
-
-def joined(problem: Problem, parts: Iterable[tuple[Mapping[str, np.ndarray], Mapping[str, tuple[slice, ...]]]]) -> dict[str, np.ndarray]:
-    """What sequences have, each where it lies; of operands they share, the sum."""
-    found: dict[str, np.ndarray] = {}
-    for values, where in parts:
-        for name, x in values.items():
-            found.setdefault(name, np.zeros(problem.given[name[2:]].shape))[where.get(name, ...)] += x
-    return found
+    for n, one in enumerate(split(problem)):
+        yield one, backpropagated(one, definition.run(one), derivatives.cotangents_of(problem, n, cotangents))
 
 
 def affordable(problem: Problem, outputs: Mapping[str, Any]) -> bool:

@@ -87,7 +87,7 @@ def judge(variant: Variant, candidate: Candidate, probe: Probe, profile: Profile
     outputs: dict[str, np.ndarray] = {}
     try:
         with np.errstate(all="ignore"):  # poison makes infinities; the verdict is about what comes out
-            answer = candidate.call(probe.operands, params)
+            answer = _carried_on(problem, candidate, probe, params) if probe.cut else candidate.call(probe.operands, params)
         seconds = time.perf_counter() - started
         _untouched(given, before)
         outputs = _outputs(problem, answer, candidate)
@@ -116,6 +116,22 @@ def judge(variant: Variant, candidate: Candidate, probe: Probe, profile: Profile
     except Exception as trouble:
         return Case(probe, "raised", f"{type(trouble).__name__}: {trouble}".splitlines()[0][:300], problem=problem)
     return replace(compare(problem, outputs, replace(probe, cotangents=cotangents), profile, alpha, seconds), probe=probe, refused=refused)
+
+
+def _carried_on(problem: Problem, candidate: Candidate, probe: Probe, params: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
+    """The answer to a call made in two: the second begins with what the first returned."""
+    axes = {o.name: o.axes.split() for o in problem.variant.operands} | {o.name: o.axes.split() for o in problem.variant.outputs}
+    parts: list[dict[str, np.ndarray]] = []
+    operands = dict(probe.operands)
+    for where in (slice(0, probe.cut), slice(probe.cut, None)):
+        own = {n: np.ascontiguousarray(x[(slice(None),) * axes[n].index("T") + (where,)]) if "T" in axes[n] else x for n, x in operands.items()}
+        tokens = next(x.shape[axes[n].index("T")] for n, x in own.items() if "T" in axes[n])
+        part = replace(problem, dims={**problem.dims, "T": tokens}, given=own)
+        parts.append(_outputs(part, candidate.call(own, params), candidate))
+        operands |= {"initial_" + n: np.array(parts[-1][n]) for n in problem.variant.carried}
+    first, second = parts
+    joined = {n: np.concatenate([first[n], x], axis=axes[n].index("T")) if "T" in axes[n] else x for n, x in second.items()}
+    return tuple(joined[n] for n in candidate.returns)
 
 
 def compare(problem: Problem, outputs: Mapping[str, np.ndarray], probe: Probe, profile: Profile, alpha: float, seconds: float = 0.0) -> Case:

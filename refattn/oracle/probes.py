@@ -18,10 +18,11 @@ from ..catalog import unknown
 from ..errors import ParameterError, UnknownVariantError
 from ..foreign import as_numpy
 from ..problem import bind
-from ..spec import Dims, Operand, Plan, Variant, shape
+from ..spec import Dims, Operand, Plan, Product, Variant, every_size, shape
 from . import designs
 from .cotangents import SMALL, with_cotangents
 from .designs import Design
+from .recurrences import roles
 
 SUITES = ("quick", "standard", "full")
 
@@ -51,6 +52,8 @@ class Probe:
         How often the call is made again; every answer must be the same to the last bit.
     cotangents : mapping of str to ndarray
         By output, in the format the output is stored in; gradients for them are asked for too.
+    cut : int
+        After how many tokens the call is cut in two, the second part carried on by what the first returns; 0 if it is one.
     """
 
     title: str
@@ -62,6 +65,7 @@ class Probe:
     repeatable: bool = True
     repeats: int = 0
     cotangents: Mapping[str, np.ndarray] = field(default_factory=dict)
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def suite(name: str, variant: Variant, candidate: Candidate, dtype: np.dtype, fi
 def pool(variant: Variant, candidate: Candidate, dtype: np.dtype, seed: int = 0) -> tuple[Probe, ...]:
     """One call of every design there is, from which suites are chosen."""
     maker = _Maker(variant, candidate, dtype, {})
-    probes = list(maker.designed(designs.POOL, np.random.default_rng(seed)))
+    probes = [*maker.designed(designs.POOL, np.random.default_rng(seed)), *maker.tokens("full")]
     return tuple(_differentiated(probes, maker, seed))
 
 
@@ -134,7 +138,10 @@ def _differentiated(probes: list[Probe], maker: _Maker, seed: int) -> list[Probe
 
 
 #: Sizes that differ along every axis, none a power of two but where it must be.
-_BASE: Dims = {"B": 2, "Hq": 4, "Hkv": 2, "T": 24, "S": 40, "D": 12, "E": 12, "Dq": 12, "Dk": 10, "A": 9, "M": 22}
+_BASE: Dims = {"B": 2, "Hq": 4, "Hkv": 2, "T": 24, "S": 40, "D": 12, "E": 12, "Dq": 12, "Dk": 10, "A": 9, "M": 22, "L": 12}
+
+#: Sizes of calls in which tokens are the point.
+_FEW: Dims = {"B": 1, "Hq": 2, "Hkv": 1, "D": 8, "E": 8, "F": 8, "M": 6}
 
 #: (why, sizes): what the quick suite asks.
 _SHAPES: tuple[tuple[str, Dims], ...] = (
@@ -196,7 +203,7 @@ class _Maker:
         return ends if ends[0] != ends[1] else ends[:1]
 
     def dims(self, sizes: Dims) -> dict[str, int]:
-        dims = {**_BASE, **sizes}
+        dims = every_size({**_BASE, **sizes})
         if not any("S" in o.axes.split() for o in self.variant.operands):
             dims["T"] = max(dims["T"], dims["S"])  # a variant of one sequence
         return dims
@@ -227,6 +234,7 @@ class _Maker:
     def probes(self, suite: str, rng: np.random.Generator) -> Iterator[Probe]:
         settings = list(self.settings())
         yield from self.designed(designs.named(designs.QUICK), rng)
+        yield from self.tokens(suite)
         if suite == "quick":
             return
         for why, sizes in _SHAPES:
@@ -286,6 +294,76 @@ class _Maker:
                 first = operands if first is None else first
                 yield Probe(design.title, operands, self.params(chosen), examines, repeatable=not strided)
 
+    def tokens(self, suite: str) -> Iterator[Probe]:
+        """Calls of a recurrence, around the edges of chunks and with values that random ones never take."""
+        variant = self.variant
+        if variant.recurrence is None:
+            return
+        names = [n for n in ("initial_" + name for name in variant.carried) if n in self.candidate.operands]
+        whole = len(names) == len(variant.carried) and set(variant.carried) <= set(self.candidate.returns) and "S" not in variant.axes
+        if variant.carried and not whole:
+            self.unexamined["a sequence carried on"] = f"it does not take and return all of {', '.join(variant.carried)}"
+        rng = np.random.default_rng(7)  # apart, so that other calls stay as they are
+        for design in designs.TOKENS:
+            if (design.cut and not (whole and names)) or (suite == "quick" and design.title not in designs.QUICK_TOKENS):
+                continue
+            operands = self.operands(rng, {**_FEW, "T": design.tokens, "S": design.tokens}, tuple(names) if design.carried else ())
+            changed = self._as_designed(design, operands, rng)
+            if changed is not None:
+                examines = ("a sequence carried on",) if design.cut else ("chunks of tokens",)
+                yield Probe(design.title, changed, self.params({}), examines, repeatable=not design.cut, cut=design.cut)
+
+    def _as_designed(self, design: designs.Tokens, operands: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray] | None:
+        """Operands changed as a design says; None where the variant has nothing of what it is about."""
+        variant = self.variant
+        assert variant.recurrence is not None
+        rule = bind(variant, (), {**operands, **self.params({})}).recurrence
+        assert rule is not None
+        key, value = (roles.wide(variant, rule, p) for p in (rule.writes[-1].key, rule.writes[-1].value))
+        found = {name: x.astype(np.float64) for name, x in operands.items()}
+        if design.impulse >= 0:
+            at = roles.token_axis(variant, value) if value else None
+            if at is None:
+                return None
+            only = np.zeros(found[value].shape[at])
+            only[design.impulse] = 1.0
+            found[value] = found[value] * only.reshape([-1 if n == at else 1 for n in range(found[value].ndim)])
+        if design.gate:
+            if not rule.log_decay or not {roles.name_of(f) for f in rule.log_decay} <= found.keys():
+                return None
+            self._fading(design, found, rule.log_decay, rng)
+        if design.strength >= 0.0:
+            names = [n for n in roles.strengths(variant, rule) if variant.operand(n).within is None]
+            if not names or not any(w.erase for w in rule.writes):
+                return None
+            for name in names:
+                found[name] = np.full_like(found[name], design.strength)
+        if design.lengths:
+            for name in {key, roles.wide(variant, rule, rule.query)} - {""}:
+                found[name] = found[name] * rng.uniform(0.2, 1.2, (*found[name].shape[:-1], 1))
+        if design.repeated:
+            at = roles.token_axis(variant, key) if key else None
+            if at is None:
+                return None
+            found[key] = np.broadcast_to(np.take(found[key], [0], axis=at), found[key].shape)
+        return {name: precision.round_to(x, operands[name].dtype) if x is not operands[name] else x for name, x in found.items()}
+
+    def _fading(self, design: designs.Tokens, found: dict[str, np.ndarray], gates: Product, rng: np.random.Generator) -> None:
+        """Logarithms of decays that are strong, nothing, or strong at one token alone."""
+        factor = gates[0]
+        name, piece = roles.name_of(factor), None if isinstance(factor, str) else factor.map
+        at = roles.token_axis(self.variant, name)
+        shape = found[name].shape
+        if len(gates) == 1 and (piece is None or piece.__name__.endswith(".log")):
+            logs = {"strong": -rng.uniform(5.0, 25.0, shape), "none": np.zeros(shape), "jump": np.zeros(shape)}[design.gate]
+            if design.gate == "jump" and at is not None:
+                logs[(slice(None),) * at + (design.at,)] = -6.0
+            found[name] = logs if piece is None else np.exp(logs)
+        else:  # of several factors the one that no token changes, if there is one
+            names = [roles.name_of(f) for f in gates]
+            constant = next((n for n in names if roles.token_axis(self.variant, n) is None), names[0])
+            found[constant] = found[constant] * {"strong": 20.0, "none": 0.0, "jump": 1.0}[design.gate]
+
     def far_from_zero(self, rng: np.random.Generator, level: float) -> dict[str, np.ndarray] | None:
         """Queries and keys along one direction or its opposite, so that all scores are about `level`; None where they are not operands."""
         operands = self.operands(rng, {})
@@ -321,12 +399,14 @@ class _Maker:
         elif alignment.keys() & self.tries.keys() and "S" in self.variant.axes:
             operands = self.operands(rng, {"T": 24, "S": 13})
             yield Probe(title, operands, self.params({n: v for n, v in alignment.items() if n in self.tries}), examines)
-        else:
+        elif self.variant.plan is not None or "S" in self.variant.axes:
             self.unexamined["rows that see no key"] = "no mask or alignment to empty a row with"
 
     def poisoned(self, rng: np.random.Generator) -> Iterator[Probe]:
         """Large numbers, then NaN, in keys and values that no query sees."""
         found = self._with_hidden_keys(rng)
+        if found is None and self.variant.plan is None:  # nothing hides a key of a recurrence
+            return
         if found is None:
             self.unexamined["hidden keys"] = "no mask, window or alignment to hide keys with"
             return

@@ -67,6 +67,10 @@ class Profile:
         Unit roundoff of gradients of weights, and of scores, stored before they are used; 0 if they stay in the accumulator.
     gradient_tile : int
         Keys or queries per step between which gradients are kept in the `intermediate` format; 0 where they stay in the accumulator.
+    state, state_every : float, int
+        Unit roundoff of a recurrent state where it is stored, every so many tokens; 0 if it stays in the accumulator.
+    chunk : int
+        Tokens of a recurrence whose logarithms of decays are added up before they are exponentiated; 0 for the whole sequence.
     source : str
         Where the figures come from.
     """
@@ -94,6 +98,9 @@ class Profile:
     gradient_weights: float = 0.0
     gradient_scores: float = 0.0
     gradient_tile: int = 0
+    state: float = 0.0
+    state_every: int = 1
+    chunk: int = 0
     source: str = ""
 
 
@@ -207,6 +214,36 @@ def _xla(dtype: np.dtype) -> Profile:
     )
 
 
+def _recurrent(dtype: np.dtype) -> Profile:
+    """A state in the accumulator, token by token; no decay is that of several tokens."""
+    u = _DOUBLE if dtype == np.float64 else _SINGLE
+    return Profile("recurrent", u, exp_error=max(2 * u, 2.0**-22 if u == _SINGLE else 0.0), chunk=1, source="a recurrence evaluated as it is written")
+
+
+def _chunked(dtype: np.dtype) -> Profile:
+    """Chunks of 64 tokens or fewer by matrix products, whose operands are rounded to the operands' format; the state in the accumulator."""
+    narrow = format_of(dtype).unit if dtype.itemsize < 4 else 0.0
+    u = _DOUBLE if dtype == np.float64 else _SINGLE
+    return replace(
+        _recurrent(dtype),
+        name="chunked",
+        chunk=64,
+        operands=max(narrow, u),
+        source="the casts of flash-linear-attention's chunked kernels: decayed keys and queries, the inverse of the triangular system, changes and "
+        "states are rounded before products, and added up in float32",
+    )
+
+
+def _bf16_state(dtype: np.dtype) -> Profile:
+    """The chunked form, or the recurrent one, with a state that is stored in bfloat16 after every token."""
+    return replace(
+        _chunked(dtype),
+        name="bf16-state",
+        state=format_of(np.dtype("bfloat16")).unit,
+        source=f"{_chunked(dtype).source}; a state cache in bfloat16",
+    )
+
+
 def _only(name: str, dtype: np.dtype, size: int) -> None:
     if dtype.itemsize != size:
         raise ParameterError(f"profile {name!r} is for formats of {8 * size} bits, but the operands are {dtype.name}")
@@ -228,6 +265,9 @@ PRESETS: dict[str, Callable[[np.dtype], Profile]] = {
     "fa3-fp8": _fa3_fp8,
     "torch-cpu-flash": _torch_cpu_flash,
     "jax-xla": _xla,
+    "recurrent": _recurrent,
+    "chunked": _chunked,
+    "bf16-state": _bf16_state,
 }
 
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .. import definition, precision
+from .. import definition, derivatives, precision
 from ..problem import Problem, output_dtype, split
 from .bounds import spread
 from .bounds.backward import Backward, applies
 from .bounds.perturbed import perturbed, perturbed_gradients
-from .bounds.products import products
+from .bounds.recurrent import recurrent
 from .bounds.scored import Scored
-from .gradients import Backpropagated, joined, sequences
+from .gradients import Backpropagated, sequences
 from .profiles import Profile
 
 #: Chance that a correct implementation is refused in one call.
@@ -63,14 +63,13 @@ def _with_spread(
     backward: Backpropagated | None = None,
 ) -> dict[str, np.ndarray]:
     if problem.sequences is not None:  # what is returned of them says too little of how it came about
-        parts = ((rows, _with_spread(one, definition.run(one), profile, lam, stored)) for one, rows in split(problem))
-        found = definition.joined(problem, parts)
+        found = definition.joined(problem, (_with_spread(one, definition.run(one), profile, lam, stored) for one in split(problem)))
         if backward is not None:
             gradients = (
-                ({name: x for name, x in _with_spread(one, definition.run(one), profile, lam, stored, part).items() if name in part.values}, where)
-                for one, part, where in sequences(problem, backward.cotangents)
+                {name: x for name, x in _with_spread(one, definition.run(one), profile, lam, stored, part).items() if name in part.values}
+                for one, part in sequences(problem, backward.cotangents)
             )
-            found |= joined(problem, gradients)
+            found |= derivatives.joined(problem, gradients)
         return found
     exact = {name: truth[name] for name in problem.returns} | dict(backward.values if backward is not None else {})
     with np.errstate(all="ignore"):  # a bound that overflows is infinite, and a hidden NaN is left out below
@@ -89,16 +88,18 @@ def _bounds(
     problem: Problem, truth: Mapping[str, np.ndarray], profile: Profile, lam: float, backward: Backpropagated | None
 ) -> Mapping[str, np.ndarray]:
     """Error before the result is rounded into its format, by the sharpest analysis there is."""
-    variant = problem.variant
     found: Mapping[str, np.ndarray]
     if problem.plan is not None:
         scored = Scored(problem, truth, problem.plan, profile, lam)
         found = scored.bounds()
         if backward is not None and applies(problem, backward.cotangents):
             return {**found, **Backward(scored, backward.cotangents).bounds()}
+    elif problem.recurrence is not None:
+        found = recurrent(problem, profile, lam)
+        if not found.keys() >= set(problem.returns):  # an output that no recurrence has
+            found = {**perturbed(problem, truth, profile, lam), **found}
     else:
-        analysis = products if variant.family in ("feature", "state") else perturbed
-        found = analysis(problem, dict(truth), profile, lam)
+        found = perturbed(problem, truth, profile, lam)
     if backward is None:
         return found
     moved = perturbed_gradients(problem, backward.cotangents, backward.values, profile, lam)

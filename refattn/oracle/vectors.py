@@ -22,7 +22,7 @@ import numpy as np
 from .. import catalog, definition, precision
 from ..errors import BackendUnavailableError, CandidateError, DtypeError, ParameterError, UnknownVariantError
 from ..problem import Problem, bind
-from ..spec import AXES, Dims, Number, Variant, shape
+from ..spec import AXES, Dims, Number, Variant, every_size, shape
 from . import profiles
 from .bounds.backward import applies
 from .gradients import backpropagated
@@ -44,7 +44,7 @@ FORMAT = 2
 #: Sizes of a suite's usual case, and other sizes that it asks.
 SUITES: Mapping[str, tuple[Dims, tuple[tuple[str, Dims], ...]]] = {
     "small": (
-        {"B": 1, "Hq": 4, "Hkv": 2, "T": 5, "S": 7, "D": 4, "E": 3, "Dq": 4, "Dk": 5, "A": 3, "M": 6},
+        every_size({"B": 1, "Hq": 4, "Hkv": 2, "T": 5, "S": 7, "D": 4, "E": 3, "Dq": 4, "Dk": 5, "A": 3, "M": 6}),
         (
             ("fewer queries than keys", {}),
             ("more queries than keys", {"T": 6, "S": 3}),
@@ -54,7 +54,7 @@ SUITES: Mapping[str, tuple[Dims, tuple[tuple[str, Dims], ...]]] = {
         ),
     ),
     "standard": (
-        {"B": 2, "Hq": 6, "Hkv": 2, "T": 19, "S": 37, "D": 16, "E": 12, "Dq": 12, "Dk": 10, "A": 9, "M": 22},
+        every_size({"B": 2, "Hq": 6, "Hkv": 2, "T": 19, "S": 37, "D": 16, "E": 12, "Dq": 12, "Dk": 10, "A": 9, "M": 22}),
         (
             ("fewer queries than keys", {}),
             ("more queries than keys", {"T": 41, "S": 23}),

@@ -13,7 +13,17 @@ from .judge import Case, Element, axes_of
 from .profiles import Profile
 
 #: Axes as people call them.
-AXES = {"B": "batch", "Hq": "query head", "Hkv": "key-value head", "T": "query", "S": "key", "D": "channel", "E": "value channel"}
+AXES = {
+    "B": "batch",
+    "Hq": "query head",
+    "Hkv": "key-value head",
+    "T": "query",
+    "S": "key",
+    "D": "channel",
+    "E": "value channel",
+    "H": "head",
+    "N": "channel",
+}
 
 
 def outcome(case: Case) -> str:

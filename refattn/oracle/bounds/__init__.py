@@ -1,7 +1,7 @@
 """How far correct arithmetic may stray: one file per way of bounding it.
 
     scored      weights of scores, through a plan: the sharp bounds
-    products    sums of products, through the definition on absolute values
+    recurrent   states written and read token by token, through a recurrence
     perturbed   anything, by how its definition answers to operands perturbed by a unit roundoff
 
 A `Bound` has two versions, and whoever uses it takes the smaller, element by element.

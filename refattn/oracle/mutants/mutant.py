@@ -13,6 +13,7 @@ from ...problem import Problem
 from ...spec import Plan, Variant
 from ..findings import Fault
 from .reading import Reading
+from .states.reading import StateReading
 
 #: Keys per tile of kernels: where a fault depends on it, there is a mutant for each.
 TILES = (4, 8, 16, 32, 64, 128)
@@ -112,7 +113,7 @@ class Family:
 
 def right_value(family: Family) -> float:
     """The number of a family's field that is no fault."""
-    return float(getattr(Reading(), family.field))
+    return float(getattr(Reading(), family.field) if hasattr(Reading(), family.field) else getattr(StateReading(), family.field))
 
 
 @functools.cache

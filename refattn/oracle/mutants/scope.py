@@ -44,7 +44,6 @@ _MEMORY = "memory that was never written holds anything: such answers differ fro
 _RACE = "no reading of the formulas: answers differ from run to run, which repeated calls look for"
 _DROPOUT = "no variant has dropout"
 _LATENT = "no variant has latents"
-_RECURRENT = "mutants are read off plans, and recurrent variants have none"
 
 OUT_OF_SCOPE: Mapping[str, str] = {
     "S6": _ROTARY,
@@ -89,7 +88,6 @@ OUT_OF_SCOPE: Mapping[str, str] = {
     **dict.fromkeys(("R1", "R2", "R5", "R6"), _RACE),
     "R3": "found by comparing operands before and after the call",
     **dict.fromkeys((f"A{n}" for n in range(1, 6)), _LATENT),
-    **dict.fromkeys((f"D{n}" for n in range(1, 21)), _RECURRENT),
 }
 
 BEGIN, END = "<!-- generated -->", "<!-- end of what is generated -->"

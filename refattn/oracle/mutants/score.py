@@ -22,9 +22,9 @@ from ..judge import ratio
 from ..probes import Probe
 from ..profiles import Profile, resolve
 from ..tolerance import ALPHA, tolerances
-from . import backward
-from .answers import evaluate, stored_in
-from .mutant import Mutant, shows
+from . import backward, evaluate, shows
+from .answers import stored_in
+from .mutant import Mutant
 
 #: Outputs that an implementation can be expected to return.
 RETURNED = ("out", "lse", "threshold")
@@ -84,15 +84,17 @@ def everything(variant: Variant) -> Candidate:
     def call(*given: object) -> object:
         raise NotImplementedError
 
-    outputs = tuple(o.name for o in variant.outputs if o.name in RETURNED)
+    outputs = tuple(o.name for o in variant.outputs if o.name in (*RETURNED, *variant.carried))
     names, params = frozenset(o.name for o in variant.operands), frozenset(p.name for p in variant.params)
-    cotangents = tuple(name for name in outputs if name != "threshold")
+    cotangents = tuple(name for name in outputs if name in ("out", "lse"))
     gradients = call if _differentiable(variant) else None
     return Candidate("every mutant", call, names, params, outputs, variant=variant.name, gradients=gradients, cotangents=cotangents)
 
 
 def _differentiable(variant: Variant) -> bool:
     """Whether both the right gradients and the mutants' are formulas."""
+    if variant.plan is None:
+        return False
     small = {o.name: np.ones(shape(o.axes, dict.fromkeys(variant.axes, 1))) for o in variant.operands if not o.optional}
     problem = bind(variant, (), small)
     return backward.knows(problem) and applies(problem, {"out": np.ones(0)})
@@ -106,7 +108,7 @@ def calls(variant: Variant, asked: Iterable[Probe], profile: Profile, alpha: flo
     for probe in asked:
         problem = bind(variant, (), {**probe.operands, **probe.params}, returns)
         earlier = first.setdefault(tuple(problem.given[o.name].shape for o in variant.operands if not o.optional), problem)
-        if not probe.decides:
+        if not probe.decides or probe.cut:
             continue
         truth = definition.run(problem)
         gradients = backpropagated(problem, truth, probe.cotangents) if probe.cotangents else None
@@ -130,7 +132,7 @@ def score(
     Parameters
     ----------
     variant : Variant
-        With a plan.
+        With a plan or a recurrence.
     mutants : sequence of Mutant
     dtype : dtype
         Of the operands.

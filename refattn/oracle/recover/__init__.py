@@ -40,8 +40,10 @@ def facts(
     Returns
     -------
     tuple of Fact
-        Empty where the implementation answers nothing.
+        Empty where the implementation answers nothing, or its answers are no weighted sums of values.
     """
+    if not _weighs(variant):
+        return ()
     storage = precision.as_dtype(dtype)
     kernel = Kernel(variant, candidate, storage, dict(fixed or {}), profiles.resolve(profile or candidate.profile or None, storage))
     if kernel.roles is not None:
@@ -52,6 +54,16 @@ def facts(
             right = {(f.subject, f.call) for f in _read(replace(kernel, coarser=unit)) if f.agrees}
             found = [f if f.agrees or (f.subject, f.call) not in right else _nearly(f, unit) for f in found]
     return (*found, *repeats.facts(kernel)) if kernel.roles is not None else tuple(found)
+
+
+def _weighs(variant: Variant) -> bool:
+    """Whether outputs are sums of values with weights that do not depend on them: not where writes erase, or nobody has said what is computed."""
+    if variant.plan is not None:
+        return True
+    if variant.recurrence is None or not {"q", "k", "v"} <= {o.name for o in variant.operands}:
+        return False
+    rule = variant.recurrence(dict.fromkeys(variant.axes, 2), {p.name: p.kind.read(p.default) for p in variant.params})
+    return not any(w.erase for w in rule.writes)
 
 
 #: Roundings that answers are read with once more where they do not fit those of their format: of float32, float16 and bfloat16.

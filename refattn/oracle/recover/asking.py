@@ -16,13 +16,13 @@ import numpy as np
 from ... import definition, precision
 from ...candidate import Candidate
 from ...problem import Problem, bind
-from ...spec import Dims, Operand, Plan, Variant, shape
+from ...spec import Dims, Operand, Plan, Variant, every_size, shape
 from ..findings import Fact
 from ..judge import checked
 from ..profiles import Profile, resolve
 
 #: Widths that every kernel has been built for, and at least as many channels as there are keys, so that one call shows all weights.
-WIDE: Dims = {"B": 2, "Hq": 4, "Hkv": 2, "T": 24, "S": 40, "D": 64, "E": 64, "Dq": 64, "Dk": 64, "A": 64, "M": 64}
+WIDE: Dims = every_size({"B": 2, "Hq": 4, "Hkv": 2, "T": 24, "S": 40, "D": 64, "E": 64, "Dq": 64, "Dk": 64, "A": 64, "M": 64})
 
 
 @dataclass(frozen=True)
