@@ -27,12 +27,9 @@ MEMORY = """
 import ctypes, json, sys, time
 import numpy as np
 import refattn as ra
+from benchmarks.fresh import resident
 
 way, length = sys.argv[1], int(sys.argv[2])
-
-def resident(which):
-    lines = open("/proc/self/status").read().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
 
 def call(q, k, v, d_out):
     if way == "forward":
@@ -50,6 +47,11 @@ results = call(*operands)
 seconds = time.perf_counter() - start
 print(json.dumps({"extra": resident("VmHWM") - before - sum(x.nbytes for x in results), "seconds": seconds}))
 """
+
+
+def resident(which: str) -> int:
+    """Bytes of this process that are in memory: now (``"VmRSS"``), or at most so far (``"VmHWM"``)."""
+    return 1024 * next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(which))
 
 
 def first_call(threads: int, warm_runs: int = 5) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""refattn's CPU engine beside other implementations of softmax attention, on this machine.
+"""refattn's CPU engine beside other implementations of softmax and of linear-time attention, on this machine.
 
     python benchmarks/versus.py [--threads 1 2] [--dtype float32] [--ways forward training] [--only full causal] [--peers torch]
                                 [--targets] [--quick] [--csv FILE] [--plot FILE.png]
@@ -38,9 +38,10 @@ from rich.progress import Progress
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file
 
-from benchmarks import ceilings, fresh, referee, report
+from benchmarks import ceilings, fresh, recurrences, referee, report
 from benchmarks.cases import CASES, DTYPES, GROUPS, WAYS, Case
 from benchmarks.peers import ALONE, BARE, PEERS, REFATTN, Declined, Peer, Prepared, asked, start_torch
+from benchmarks.recurrences import RecurrenceCase
 from benchmarks.report import Row
 from refattn.engine.simd import register_bytes
 
@@ -50,6 +51,8 @@ LEAST, REST = 0.02, 0.01
 ROUNDS, QUICK_ROUNDS = 9, 3
 #: Bytes of keys and values over which decoding steps take turns, more than caches hold.
 CACHES = 2**28
+#: All groups of variants with a state; not asked unless named.
+STATE = "state"
 #: torch here over torch alone, beyond which ratios to it mean nothing.
 DISTURBED = 1.5
 #: Length at which memory is measured.
@@ -59,7 +62,7 @@ LONG, QUICK_LONG = 131072, 16384
 # ---- what is measured ----------------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, dtype: str, way: str, threads: int, peers: Sequence[Peer], rounds: int, least: float = LEAST) -> list[Row]:
+def measure(case: Case | RecurrenceCase, dtype: str, way: str, threads: int, peers: Sequence[Peer], rounds: int, least: float = LEAST) -> list[Row]:
     """A ceiling and every implementation on one case: judged, then timed in turns if the answer is right.
 
     Parameters
@@ -79,7 +82,8 @@ def measure(case: Case, dtype: str, way: str, threads: int, peers: Sequence[Peer
             prepared = asked(peer, work)
             first, form = fastest(prepared)
             same = peer.same(work)
-            error = referee.worst(same, prepared.arrays(prepared.calls[form]()), peer.profile)
+            judge = recurrences if case.group in recurrences.GROUPS else referee
+            error = judge.worst(same, prepared.arrays(prepared.calls[form]()), peer.profile)
             rows[peer.name] = Row(*key, peer.name, form, first=first, error=error)
             if error <= 1.0:
                 others = [asked(peer, case.work(way, dtype, threads)).calls[form] for _ in range(_copies(case, work.bytes) - 1)]
@@ -106,7 +110,7 @@ def measure(case: Case, dtype: str, way: str, threads: int, peers: Sequence[Peer
     return [top, *rows.values()]
 
 
-def _copies(case: Case, bytes_each: int) -> int:
+def _copies(case: Case | RecurrenceCase, bytes_each: int) -> int:
     return math.ceil(CACHES / bytes_each) if case.reads else 1
 
 
@@ -241,15 +245,20 @@ def session(threads: int, chosen: argparse.Namespace, alone: float = math.nan) -
     _bind(threads)
     screen.print(f"\n{machine()}\n{threads} thread{'s' * (threads > 1)}", highlight=False)
     there = installed([REFATTN, *(p for p in PEERS if p.name in chosen.peers)], screen)
-    if "torch" in {package for peer in there for package in peer.packages}:
+    states = [recurrences.REFATTN]
+    if set(chosen.only) & set(recurrences.GROUPS):
+        states += installed([p for p in recurrences.PEERS if p.name in chosen.peers], screen)
+    if "torch" in {package for peer in there + states for package in peer.packages}:
         start_torch(threads)
     there += [BARE, ALONE]
-    asked_for = itertools.product(chosen.dtype, chosen.ways, [case for case in CASES if case.group in chosen.only])
+    cases = (*CASES, *recurrences.CASES)
+    asked_for = itertools.product(chosen.dtype, chosen.ways, [case for case in cases if case.group in chosen.only])
     todo = [(dtype, way, case) for dtype, way, case in asked_for if way in case.ways and dtype in case.dtypes]
     rows: list[Row] = []
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         for dtype, way, case in progress.track(todo, description=f"{threads} threads"):
-            rows += measure(case, dtype, way, threads, there, QUICK_ROUNDS if chosen.quick else ROUNDS)
+            peers = states if case.group in recurrences.GROUPS else there
+            rows += measure(case, dtype, way, threads, peers, QUICK_ROUNDS if chosen.quick else ROUNDS)
     rows = report.with_shares(rows)
     for table in report.tables(rows):
         screen.print()
@@ -272,8 +281,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, min(2, available)}), help="numbers of threads, one process each")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="float32 unless said, with --targets all")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
-    parser.add_argument("--only", nargs="+", default=GROUPS, choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
-    parser.add_argument("--peers", nargs="+", default=[p.name for p in PEERS], choices=[p.name for p in PEERS])
+    groups = (*GROUPS, STATE, *recurrences.GROUPS)
+    parser.add_argument("--only", nargs="+", default=GROUPS, choices=groups, metavar="GROUP", help=", ".join(groups) + f"; {STATE} is those after it")
+    names = [p.name for p in (*PEERS, *recurrences.PEERS)]
+    parser.add_argument("--peers", nargs="+", default=names, choices=names)
     parser.add_argument("--targets", action="store_true", help="measure first calls and memory too, and say which requirements are met")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}, memory at {QUICK_LONG} instead of {LONG}")
     parser.add_argument("--csv", type=Path, metavar="FILE")
@@ -282,6 +293,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     beyond = [n for n in chosen.threads if not 1 <= n <= available]
     if beyond:
         parser.error(f"--threads {beyond[0]}: this process may use 1 to {available}")
+    chosen.only = tuple(group for name in chosen.only for group in (recurrences.GROUPS if name == STATE else (name,)))
     chosen.dtype = chosen.dtype or (DTYPES if chosen.targets else DTYPES[:1])
     return chosen
 
