@@ -15,9 +15,11 @@ from catalogue import CALLS, GENERAL, VARIANTS, draw, flops, outputs, problem_of
 from scipy.differentiate import derivative
 
 import refattn as ra
+import refattn.pieces.maps
 import refattn.pieces.masks
 import refattn.pieces.score_mods
 import refattn.pieces.similarities
+from refattn import catalog
 
 # ---- definitions ---------------------------------------------------------------------------------------------------------------
 
@@ -150,6 +152,31 @@ def test_a_score_mods_slope_is_its_derivative():
         slopes = [stage.piece.slope(s, *stage.numbers) for s in x]
         np.testing.assert_array_less(np.abs(slopes - found.df), found.error + 2.0**-40)
         assert np.ptp(slopes) > 0.1
+
+
+def factors():
+    """Every factor of the recurrences of the catalogue, with the parameters worth trying."""
+    for variant, params in (c.values for c in CALLS if c.values[0].recurrence):
+        rule = variant.recurrence(GENERAL, {**{p.name: p.default for p in variant.params}, **params})
+        products = (rule.query, rule.log_decay, rule.bonus, rule.skip, rule.input_gate)
+        for product in (*products, *(part for w in rule.writes for part in (w.key, w.value, w.erase))):
+            yield from (f for f in product if not isinstance(f, str) and f.map is not None)
+
+
+def test_the_slope_of_a_map_of_numbers_is_its_derivative():
+    numbers_of = {f.map: f.numbers for f in factors()}  # of those that a recurrence of the catalogue uses
+    for info in pkgutil.iter_modules(refattn.pieces.maps.__path__, refattn.pieces.maps.__name__ + "."):
+        piece = importlib.import_module(info.name)
+        numbers = numbers_of.get(piece, ())
+        x = np.linspace(1.0, 3.0, 23)
+        numerical = derivative(lambda y, piece=piece, numbers=numbers: piece.apply(y, *numbers), x)
+        np.testing.assert_array_less(np.abs(piece.slope(x, *numbers) - numerical.df), numerical.error + 2.0**-40)
+
+
+def test_a_variant_lies_in_the_folder_of_its_family():
+    for name, v in catalog.catalogue().items():
+        module = catalog.module(v).__name__
+        assert not module.startswith("refattn.") or module == f"refattn.variants.{v.family}.{name}"
 
 
 # ---- both statements of a variant --------------------------------------------------------------------------------------------------

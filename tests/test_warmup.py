@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 import refattn as ra
 from refattn import catalog, cli
 from refattn.engine import backward, decode, forward, rows, warmup
+from refattn.engine.state import chunked, chunked_backward, quadratic, recurrent
 from refattn.engine.threads import available_threads
 
 WARM = """
 from refattn.engine import warmup
 for job in warmup.JOBS:
-    if not (job.element == "float64" and job.parallel):  # one kind left out: what is not compiled must be noticed
+    # those of scored attention, with one kind left out: what is not compiled must be noticed
+    if " " not in job.way and not (job.element == "float64" and job.parallel):
         warmup.compiled(job)
 """
 CALLS = """
@@ -70,14 +72,15 @@ def test_calls_after_a_warm_up_compile_nothing(in_process_with_cache, monkeypatc
 @pytest.mark.compiled
 def test_every_entry_point_is_a_job_once():
     """The plain functions of a kernel module are its entry points; everything else in it is compiled as a part of them."""
+    states = (chunked, chunked_backward, quadratic, recurrent)
     found = [
-        (module.__name__.rpartition(".")[2], name)
-        for module in (forward, decode, rows, backward)
+        (module.__name__.removeprefix("refattn.engine."), name)
+        for module in (forward, decode, rows, backward, *states)
         for name, x in inspect.getmembers(module, inspect.isfunction)
-        if x.__module__ == module.__name__ and not hasattr(x, "py_func")
+        if x.__module__ == module.__name__ and not hasattr(x, "py_func") and (module not in states or name.endswith(("_alone", "_parallel")))
     ]
     for element in warmup.ELEMENTS:
-        assert sorted((job.way, job.way + "_parallel" * job.parallel) for job in warmup.JOBS if job.element == element) == sorted(found)
+        assert sorted(warmup.entry(job) for job in warmup.JOBS if job.element == element) == sorted(found)
     assert len({str(job) for job in warmup.JOBS}) == len(warmup.JOBS)
 
 

@@ -1,6 +1,7 @@
 """The engine's entry points, compiled ahead of time into Numba's cache on disk.
 
-A job is an entry point in one element type; kernels.py compiles it once for arrays of any strides, so these are all there are.
+A job is an entry point in one element type; kernels.py compiles it once for arrays of any strides, and state/kernels.py for arrays in C order, so
+these are all there are.
 """
 
 from __future__ import annotations
@@ -13,9 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from .kernels import kernel
+from . import kernels
+from .state import kernels as state_kernels
 
-WAYS = ("forward", "decode", "rows", "backward")
+#: Entry points on one thread, by their names in tables: module and function.
+ENTRIES = {
+    **{way: (way, way) for way in ("forward", "decode", "rows", "backward")},
+    "recurrent forward": ("state.recurrent", "forward_alone"),
+    "recurrent backward": ("state.recurrent", "backward_alone"),
+    "chunked forward": ("state.chunked", "forward_alone"),
+    "chunked backward": ("state.chunked_backward", "backward_alone"),
+    "quadratic forward": ("state.quadratic", "forward_alone"),
+}
 ELEMENTS = ("float32", "float64")
 
 
@@ -25,8 +35,8 @@ class Job:
 
     Attributes
     ----------
-    way : {"forward", "decode", "rows", "backward"}
-        Its module.
+    way : str
+        One of `ENTRIES`.
     element : {"float32", "float64"}
     parallel : bool
         For several threads.
@@ -40,13 +50,20 @@ class Job:
         return f"{self.way}, {self.element}, {'several threads' if self.parallel else 'one thread'}"
 
 
-JOBS = tuple(Job(*choice) for choice in itertools.product(WAYS, ELEMENTS, (False, True)))
+JOBS = tuple(Job(*choice) for choice in itertools.product(ENTRIES, ELEMENTS, (False, True)))
+
+
+def entry(job: Job) -> tuple[str, str]:
+    """Module and function of a job."""
+    module, function = ENTRIES[job.way]
+    return module, function.removesuffix("_alone") + "_parallel" if job.parallel else function
 
 
 def compiled(job: Job) -> Any:
     """The entry point, from the cache or compiled and put there."""
-    module = importlib.import_module(f".{job.way}", __package__)
-    return kernel(getattr(module, job.way + "_parallel" * job.parallel), np.dtype(job.element))
+    module, function = entry(job)
+    compiler = state_kernels.kernel if module.startswith("state.") else kernels.kernel
+    return compiler(getattr(importlib.import_module("." + module, __package__), function), np.dtype(job.element))
 
 
 def cache_folder() -> Path:
