@@ -82,6 +82,17 @@ def torch_flash_lse(q, k, v, mask=None):
     return out, lse
 
 
+def torch_flash_mask_and_causal(q, k, v, mask=None, causal=False):
+    """The CPU's flash kernel takes a mask and is_causal together, which the function that calls it refuses; it aligns with the first key."""
+    import torch
+
+    if v.shape[3] != q.shape[3] or 0 in (*q.shape, *k.shape):
+        raise NotImplementedError("one width, and something to compute")
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    added = None if mask is None else torch.zeros(()).masked_fill(~mask, -torch.inf).to(q.dtype)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=bool(causal), attn_mask=added)[0]
+
+
 # ---- JAX, MLX ------------------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +284,14 @@ DEFECTS: dict[str, Defect] = {
         right=lambda q, k, v, mask=None: torch_flash_lse(q, k, v, mask)[0],
         right_check=TORCH,
     ),
+    "torch: flash for CPUs takes a mask and is_causal": Defect(
+        torch_flash_mask_and_causal,
+        ("torch",),
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "M1",
+        TORCH,
+        right_check={**TORCH, "causal": "top_left"},
+    ),
     "jax: windows aligned with the first key": Defect(
         jax_local_window,
         ("jax",),
@@ -293,6 +312,7 @@ DEFECTS: dict[str, Defect] = {
         onnxruntime_unidirectional,
         ("onnxruntime", "onnx"),
         "com.microsoft MultiHeadAttention",
+        "M1",
         right_check={"inputs": drawn(4, 2, 16)},
     ),
     "onnxruntime: local_window_size counts the query": Defect(
@@ -338,6 +358,7 @@ DEFECTS: dict[str, Defect] = {
         attention_gym_alibi,
         ("torch", "attn_gym"),
         "attn_gym.mods.alibi",
+        "P1",
         check={**TORCH, "inputs": drawn(6, 6, 8, bias=alibi(6, 9, 9)[None])},
         right_check={**TORCH, "inputs": drawn(8, 8, 8, bias=alibi(8, 9, 9)[None])},
     ),

@@ -370,8 +370,21 @@ def biases(problem: Problem, plan: Plan, reading: Reading) -> Any:
     if plan.bias not in problem.given:
         return 0.0
     bias = _four(problem.operands[plan.bias])
+    if reading.bias.endswith(" slopes"):
+        even, interleaved = slopes(bias.shape[1])
+        bias = bias * (even / interleaved if reading.bias == "even slopes" else interleaved / even)[:, None, None]
     bias = _of_another(problem, bias, reading.bias)
     return bias * reading.bias_factor if reading.bias_factor != 1.0 else bias
+
+
+def slopes(heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """ALiBi's slope of each head: one geometric sequence, and as published, where powers of two are filled up with every second of twice as many."""
+
+    def even(n: int) -> np.ndarray:
+        return np.asarray(2.0 ** (-8.0 * np.arange(1, n + 1) / n))
+
+    power = 2 ** (heads.bit_length() - 1)
+    return even(heads), np.concatenate([even(power), even(2 * power)[::2][: heads - power]])
 
 
 def _of_another(problem: Problem, x: np.ndarray, how: str) -> np.ndarray:
@@ -407,7 +420,8 @@ def in_sight(problem: Problem, plan: Plan, reading: Reading) -> np.ndarray:
     masked = plan.mask in problem.given
     given = problem.params.get("causal", False)
     if given:
-        causal = {"bottom right": True, "top left": "top_left", "never": False, "with a mask": given if masked else False}.get(reading.causal, given)
+        others = {"bottom right": True, "never": False, "with a mask": given if masked else False}
+        causal = "top_left" if reading.causal.startswith("top left") else others.get(reading.causal, given)
     else:
         causal = reading.causal == "always"
     offset = 0 if causal == "top_left" else n_k - n_q
@@ -419,6 +433,8 @@ def in_sight(problem: Problem, plan: Plan, reading: Reading) -> np.ndarray:
         if reading.causal_multiple > 1:
             last = np.minimum(last, np.maximum((last + 1) // reading.causal_multiple * reading.causal_multiple, reading.causal_least) - 1)
         seen = keys <= last
+    if reading.causal == "top left but for the last query":
+        seen[-1:] |= bool(causal)
     if reading.causal == "also top left":
         seen = seen & (ahead <= 0)
     window = problem.params.get("window")

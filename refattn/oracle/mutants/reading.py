@@ -46,10 +46,12 @@ class Reading:
     shift: str = "given"  #: "none", "queries" (-log T), "negated"
     cap: str = "given"  #: "dropped", "score times tanh", "not multiplied", "unscaled", "clipped"
     cap_factor: float = 1.0
-    bias: str = "given"  #: "before the scale", "before the cap"; or that of "batch 0", "head 0", "key-value head", "heads tiled", "transposed"
+    #: "before the scale", "before the cap"; ALiBi's "even slopes", "interleaved slopes"; or that of "batch 0", "head 0", "key-value head",
+    #: "heads tiled", "transposed"
+    bias: str = "given"
     bias_factor: float = 1.0
     # ---- visible pairs
-    causal: str = "given"  #: "bottom right", "top left", "also top left", "never", "always", "with a mask"
+    causal: str = "given"  #: "bottom right", "top left", "top left but for the last query", "also top left", "never", "always", "with a mask"
     causal_window: bool = True  #: whether a window moves with the alignment
     causal_multiple: int = 1  #: the number of keys seen is rounded down to a multiple of it
     causal_least: int = 0  #: but not below

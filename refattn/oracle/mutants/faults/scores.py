@@ -68,6 +68,17 @@ MUTANTS = [
         {"bias": "before the cap"}, needs="bias, softcap",
     ),
     *mutants(
+        "P1", "slopes of ALiBi as one geometric sequence",
+        "Slopes are 2^(-8h/H) for every number of heads; published ones are those of a power of two, filled up with every second of twice as many.",
+        "m_h of 2^(-8h/n), n the power of two below H, then every second of 2n", "m_h = 2^(-8h/H)",
+        {"bias": "even slopes"}, evidence="mlx#343; TensorRT-LLM#1611; attention-gym", needs="bias, Hq>1", prior=0.7,
+    ),
+    *mutants(
+        "P1", "slopes of ALiBi filled up", "Slopes are those of a power of two of heads, filled up, where one geometric sequence is meant.",
+        "m_h = 2^(-8h/H)", "m_h of 2^(-8h/n), n the power of two below H, then every second of 2n",
+        {"bias": "interleaved slopes"}, evidence="Baichuan2#225", needs="bias, Hq>1", prior=0.3,
+    ),
+    *mutants(
         "P3", "sign of the bias", "The bias is subtracted.",
         "s_ij = scale q_i . k_j + bias_ij", "s_ij = scale q_i . k_j - bias_ij",
         {"bias_factor": -1.0}, evidence="x-transformers 4ed4d0a", needs="bias",

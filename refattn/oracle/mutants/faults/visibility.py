@@ -19,6 +19,12 @@ MUTANTS = [
         evidence="FlashAttention 9e5e8bc9; mlx#2835; executorch#22426; pytorch#103082; onnx 2816da65", needs="causal, T!=S", prior=6,
     ),
     *mutants(
+        "M1", "causal mask aligned with the first key, but for the last query",
+        "Query i sees keys 0..i although queries are the last T of S tokens, and the last query, where the loop that hides ends, sees every key.",
+        _CAUSAL, "j <= i, and every j where i = T - 1",
+        {"causal": "top left but for the last query"}, evidence="onnxruntime CPU MultiHeadAttention, unidirectional", needs="causal, T!=S", prior=2,
+    ),
+    *mutants(
         "M1", "causal mask aligned with the last key", "Query i sees keys up to i + S - T although it stands at i.",
         "j <= i", _CAUSAL,
         {"causal": "bottom right"}, {"causal": "bottom right", "causal_window": False}, evidence="pytorch#108108", needs="causal, T!=S", prior=2,
