@@ -12,8 +12,7 @@ import refattn as ra
 from refattn import catalog, definition, derivatives, entrywise
 from refattn.engine import threads
 from refattn.engine.run import format_of, gradients
-from refattn.problem import bind, split
-from refattn.sequences import rows as rows_of
+from refattn.problem import bind, part_of, split
 from refattn.spec import shape
 
 pytestmark = pytest.mark.compiled
@@ -30,10 +29,9 @@ def of_each(call, cotangents, found_of):
     if call.sequences is None:
         return found_of(call, cotangents)
     total = {"d_" + o.name: np.zeros(call.given[o.name].shape) for o in call.variant.operands if o.name in call.given and o.kind == "real"}
-    for n, (alone, queries) in enumerate(split(call)):
-        keys = rows_of(call.sequences.cu_seqlens_k, n)
-        for name, x in found_of(alone, {output: y[queries] for output, y in cotangents.items()}).items():
-            total[name][{"d_q": queries, "d_k": keys, "d_v": keys}.get(name, ...)] += x
+    for n, alone in enumerate(split(call)):
+        for name, x in found_of(alone, {output: y[part_of(call, n, output)] for output, y in cotangents.items()}).items():
+            total[name][part_of(call, n, name)] += x
     return total
 
 
