@@ -23,8 +23,13 @@ def within_format(drawn, outputs):
     return all(np.all(~np.isfinite(x) | (np.abs(x) <= largest)) for x in outputs)
 
 
+#: Extreme operands overflow a float32 state on the way to outputs that float32 holds, which no tolerance of a recurrence says yet:
+#: test_state_engine.py draws tamer ones for those.
+WITHOUT_STATE = [name for name in catalog.names() if catalog.variant(name).recurrence is None]
+
+
 @pytest.mark.compiled
-@pytest.mark.parametrize("name", catalog.names())
+@pytest.mark.parametrize("name", WITHOUT_STATE)
 @MANY
 @given(data=st.data())
 def test_every_variant_takes_them_and_its_backends_agree(name, data):
