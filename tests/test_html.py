@@ -292,8 +292,8 @@ def test_every_variant_has_a_page_with_every_output_on_it(name):
     answers = ra.attend(name, *operands, returns=outputs, backend="definition")
     wrong = tuple(np.asarray(x) + np.float32(1) for x in (answers if len(outputs) > 1 else (answers,)))
     page = Page(html(ra.compare(wrong, name, *operands, returns=outputs)))
-    titles = " ".join(p["title"] for p in page.data["pictures"])
-    assert all(f"{output}:" in titles for output in outputs) and "FAIL" in page.text
+    pictured = {p["title"].partition(":")[0] for p in page.data["pictures"]}  # "out: one head"; "position" of what has one axis
+    assert {output for output, x in zip(outputs, wrong, strict=True) if x.size} <= pictured and "FAIL" in page.text
 
 
 def test_the_command_line_writes_the_page_with_all_that_was_found_out(tmp_path, monkeypatch):

@@ -34,8 +34,8 @@ def wide(variant: Variant, rule: Recurrence, product: Product) -> str:
 
 
 def strengths(variant: Variant, rule: Recurrence) -> frozenset[str]:
-    """Operands of writes that are one number per token."""
-    names = {name_of(f) for w in rule.writes for p in (w.key, w.value) for f in p}
+    """Operands of writes that are one number per token, beside one with a width: alone, as in a state per channel, they are the key or the value."""
+    names = {name_of(f) for w in rule.writes for p in (w.key, w.value) if wide(variant, rule, p) for f in p}
     return frozenset(n for n in names if not has_width(variant, rule, n) and _TOKENS & set(variant.operand(n).axes.split()))
 
 
