@@ -270,3 +270,13 @@ def test_every_variant_can_be_checked(name):
         gradients=None,
     )
     assert refused(candidate, "float32", 0) == []
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_every_mutant_answers_in_the_shapes_of_the_definition(name):
+    for problem in problems(name):
+        shapes = {output: x.shape for output, x in definition.run(problem).items()}
+        shown = mutants.shows(problem, problem.returns)
+        for mutant in mutants.mutants(problem.variant):
+            answers = mutants.evaluate(problem, mutant.changes).outputs if mutant.needs <= shown else {}
+            assert all(sorted(x.shape) == sorted(shapes[output]) for output, x in answers.items()), mutant  # a state may be transposed
