@@ -35,7 +35,9 @@ def run_block(language, text, names, where):
 
 
 def with_mark(path):
-    marks = [pytest.mark.peer] if PEERS.search(path.read_text(encoding="utf-8")) else []
+    text = path.read_text(encoding="utf-8")
+    marks = [pytest.mark.peer] if PEERS.search(text) else []
+    marks += [pytest.mark.compiled] if "form=" in text and "ra.attend" in text else []  # forms of a recurrence are the engine's
     return pytest.param(path, id=path.name, marks=marks)
 
 
