@@ -19,7 +19,7 @@ from .foreign import as_numpy
 from .functions import KEYWORDS as FUNCTION_KEYWORDS
 from .functions import Functions, bind_functions
 from .sequences import Packed, Paged, Sequences
-from .spec import MAY_BE_EMPTY, Dims, Integer, Operand, Output, Plan, Recurrence, Variant, shape, size
+from .spec import GROUPED, MAY_BE_EMPTY, Dims, Integer, Operand, Output, Plan, Recurrence, Variant, shape, size
 
 LAYOUTS = ("BHTD", "BTHD")
 #: Axis of what packed sequences carry, each its own.
@@ -156,8 +156,9 @@ def bind_sizes(variant: Variant, sizes: Mapping[str, Any], options: Mapping[str,
         least = 0 if axis in MAY_BE_EMPTY else 1
         if not Integer(least).accepts(n):
             raise ShapeError(f"{variant.name}: {axis}={n!r}; must be {Integer(least).rule}")
-    if {"Hq", "Hkv"} <= dims.keys() and dims["Hq"] % dims["Hkv"]:
-        raise ShapeError(f"{variant.name}: Hkv={dims['Hkv']} does not divide Hq={dims['Hq']}")
+    for whole, group in GROUPED:
+        if {whole, group} <= dims.keys() and dims[whole] % dims[group]:
+            raise ShapeError(f"{variant.name}: {group}={dims[group]} does not divide {whole}={dims[whole]}")
     known = [p.name for p in variant.params]
     for name in options:
         if name not in known:
@@ -398,10 +399,11 @@ def _dims(variant: Variant, given: Mapping[str, np.ndarray], axes: Mapping[str, 
     for name, axis, n in computed:
         if n != size(axis, dims):
             raise ShapeError(f"{variant.name}: {name} has {n} along {axis}; must be {_sum(axis, dims, source)}")
-    if {"Hq", "Hkv"} <= dims.keys() and dims["Hq"] % dims["Hkv"]:
-        raise ShapeError(f"{variant.name}: {source['Hkv']} has Hkv={dims['Hkv']}, which does not divide {source['Hq']}'s Hq={dims['Hq']}")
-    if {"H", "G"} <= dims.keys() and dims["H"] % dims["G"]:
-        raise ShapeError(f"{variant.name}: {source['G']} has G={dims['G']}, which does not divide {source['H']}'s H={dims['H']}")
+    for whole, group in GROUPED:
+        if {whole, group} <= dims.keys() and dims[whole] % dims[group]:
+            raise ShapeError(
+                f"{variant.name}: {source[group]} has {group}={dims[group]}, which does not divide {source[whole]}'s {whole}={dims[whole]}"
+            )
     for operand in variant.operands:
         if operand.broadcast and operand.name in given:
             full, actual = shape(operand.axes, dims), given[operand.name].shape

@@ -52,6 +52,8 @@ def every_size(sizes: Mapping[str, int]) -> dict[str, int]:
 
 #: Axes that may be empty; every other axis has at least one entry.
 MAY_BE_EMPTY = frozenset({"B", "T", "S"})
+#: Axes of heads, and of the groups of heads that share something: the second divides the first.
+GROUPED = (("Hq", "Hkv"), ("H", "G"))
 
 Dims = Mapping[str, int]
 

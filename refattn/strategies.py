@@ -25,7 +25,7 @@ import numpy as np
 from . import catalog, precision
 from .errors import BackendUnavailableError, ParameterError
 from .problem import LAYOUTS, to_layout
-from .spec import MAY_BE_EMPTY, Choice, Dims, Integer, Number, Operand, Param, Variant, Window, normal, shape
+from .spec import GROUPED, MAY_BE_EMPTY, Choice, Dims, Integer, Number, Operand, Param, Variant, Window, normal, shape
 
 try:
     from hypothesis import strategies as st
@@ -154,11 +154,12 @@ def sizes(draw: Any, variant: Variant, max_size: int = 20, features: Collection[
         As `problems` takes them; "empty sizes", "different lengths" and "grouped heads" matter here.
     """
     allowed = _features(features)
-    dims = {axis: draw(st.integers(1, {"B": 3, "Hq": 3, "Hkv": 2}.get(axis, max_size))) for axis in variant.axes}
+    dims = {axis: draw(st.integers(1, {"B": 3, "Hq": 3, "Hkv": 2, "H": 3, "G": 2}.get(axis, max_size))) for axis in variant.axes}
     if "empty sizes" in allowed and draw(st.integers(0, 9)) == 9:  # not more often: a call without numbers tests little else
         dims[draw(st.sampled_from([axis for axis in variant.axes if axis in MAY_BE_EMPTY]))] = 0
-    if {"Hq", "Hkv"} <= dims.keys():
-        dims["Hq"] = dims["Hkv"] * (draw(st.sampled_from(_RATIOS)) if "grouped heads" in allowed else 1)
+    for whole, group in GROUPED:
+        if {whole, group} <= dims.keys():
+            dims[whole] = dims[group] * (draw(st.sampled_from(_RATIOS)) if "grouped heads" in allowed else 1)
     if {"T", "S"} <= dims.keys() and "different lengths" not in allowed:
         dims["S"] = dims["T"]
     return dims
@@ -205,9 +206,10 @@ def _operand(draw: Any, variant: Variant, o: Operand, dims: Dims, dtype: np.dtyp
     full = shape(o.axes, dims)
     if o.kind == "real":
         x = draw(_numbers(variant, o, full, dtype, features))
+    elif o.draw is normal:
+        x = draw(_allowed(full, features)).astype(bool if o.kind == "boolean" else dtype)
     else:
-        x = draw(_allowed(full, features)) if o.draw is normal or o.kind == "number" else np.asarray(o.draw(draw(_generator()), full)).astype(bool)
-        x = x.astype(dtype) if o.kind == "number" else x
+        x = np.asarray(o.draw(draw(_generator()), full)).astype(bool if o.kind == "boolean" else dtype)
     return draw(broadcast(x)) if o.broadcast and "broadcast" in features else x
 
 

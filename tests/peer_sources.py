@@ -8,11 +8,20 @@ GPU kernels as soon as that can be imported.
 
 import ast
 import functools
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+
+class later(ModuleType):
+    """A package that is imported when something of it is first asked for, so that tests can be collected, and left out, where it is missing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
 
 ROOT = Path(__file__).parents[1] / ".peers"
 INSTALL = "see the command in tests/peer_sources.py"

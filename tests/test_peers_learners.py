@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import peer_sources
 import pytest
-import torch
-import torch.nn.functional as F
 from catalogue import flops, outputs, rounding
 
 import refattn as ra
 from refattn import catalog
 from refattn.spec import shape
+
+torch, F = peer_sources.later("torch"), peer_sources.later("torch.nn.functional")
 
 pytestmark = pytest.mark.peer
 
@@ -33,6 +33,8 @@ decays = pytest.mark.parametrize("decay", DECAYS)
 @pytest.fixture(autouse=True)
 def in_double(monkeypatch):
     """float32 is float64, for code that converts to it."""
+    import torch
+
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     for name in ("float", "float32"):
         monkeypatch.setattr(torch, name, torch.float64)

@@ -15,6 +15,7 @@ from refattn.candidate import Candidate
 from refattn.oracle import profiles
 from refattn.oracle.calibrate import calibrated
 from refattn.precision import as_dtype, round_to
+from refattn.spec import shape
 
 pytestmark = pytest.mark.compiled
 
@@ -55,6 +56,12 @@ COARSER = {
     "gradient_scores": (2.0**-6, {"d_q", "d_k"}),
     "gradient_tile": (1, {"d_q", "d_k", "d_v"}),
 }
+#: Fields of recurrences -> from what is rounded most to what is rounded least.
+STATES = {
+    "state": (2.0**-8, 2.0**-11, 0.0),
+    "state_every": (1, 16, 64),
+    "chunk": (64, 16, 1),
+}
 FINER = {"order": "tree", "extra_bits": 6, "normalised": False, "sum_rounded": True}
 
 
@@ -63,7 +70,7 @@ def allowed(profile, operands=OPERANDS):
 
 
 def test_each_field_is_examined_here():
-    assert {*COARSER, *FINER, "name", "source"} == {f.name for f in fields(profiles.Profile)}
+    assert {*COARSER, *STATES, *FINER, "name", "source"} == {f.name for f in fields(profiles.Profile)}
 
 
 @pytest.mark.parametrize("field", COARSER)
@@ -75,6 +82,19 @@ def test_whoever_rounds_more_is_allowed_more_where_it_matters(field):
         before, after = getattr(usual, name), getattr(coarse, name)
         assert field == "block" or np.all(after >= before * (1 - 1e-12)), name  # cut off in blocks, or to nearest one by one
         assert name not in wider or after.mean() > 1.001 * before.mean(), name
+
+
+@pytest.mark.parametrize("field", STATES)
+def test_a_state_that_is_rounded_less_is_allowed_less(field):
+    variant = catalog.variant("gated_delta")
+    sizes = {"B": 1, "Hq": 2, "Hkv": 2, "T": 150, "D": 8, "E": 8}
+    rng = np.random.default_rng(0)
+    operands = {o.name: o.draw(rng, shape(o.axes, sizes)).astype(np.float32) for o in variant.operands}
+    base = profiles.resolve("recurrent", as_dtype("float32"))
+    base = replace(base, state=2.0**-8) if field == "state_every" else base
+    wide, less, least = (ra.tolerance("gated_delta", **operands, profile=replace(base, **{field: value})) for value in STATES[field])
+    assert wide.out.mean() > 1.1 * less.out.mean() > 1.2 * least.out.mean()
+    assert wide.state.mean() > less.state.mean() > least.state.mean()  # the last one is rounded where it is stored, however rarely the others are
 
 
 @pytest.mark.parametrize("field", FINER)

@@ -219,7 +219,7 @@ class _Maker:
             if o.kind == "boolean":
                 drawn[o.name] = _mask(rng, full)
             elif o.kind == "number":
-                drawn[o.name] = _mask(rng, full).astype(self.dtype)
+                drawn[o.name] = np.asarray(o.draw(rng, full)).astype(self.dtype)
             else:
                 drawn[o.name] = precision.round_to(o.draw(rng, full), self.dtype)
         return drawn
