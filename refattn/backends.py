@@ -41,11 +41,11 @@ def run(problem: Problem, backend: str, form: str | None = None, homes: Mapping[
     def reason() -> str:
         if backend == "auto" and form is None and _is_tiny(problem):
             return "plain Python is done before a kernel is loaded"
-        return engine.reason_against(problem) if problem.variant.recurrence is None else state.reason_against(problem)
+        return state.reason_against(problem) if problem.variant.recurs else engine.reason_against(problem)
 
     if _chosen(problem, backend, form, reason) == "definition":
         return definition.run(problem)
-    if problem.variant.recurrence is None:
+    if not problem.variant.recurs:
         return engine.run(problem)
     if problem.sequences is None:
         return state.run(problem, form, homes=homes)
@@ -64,13 +64,13 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: s
     _check_gradients(problem, backend)
 
     def reason() -> str:
-        if problem.variant.recurrence is None:
+        if not problem.variant.recurs:
             return engine.reason_against_gradients(problem, cotangents)
         return state.reason_against_gradients(problem, form)
 
     if _chosen(problem, backend, form, reason) == "definition":
         return derivatives.gradients(problem, cotangents)
-    if problem.variant.recurrence is None:
+    if not problem.variant.recurs:
         return derivatives.Gradients(engine.gradients(problem, cotangents), {})
     if problem.sequences is None:
         return derivatives.Gradients(state.gradients(problem, cotangents, form), {})
@@ -90,8 +90,8 @@ def tile_classes(mask_mod: Callable[..., Any], aux: Aux, shape: tuple[int, int, 
 def of(variant: Variant) -> tuple[str, ...]:
     """The backends that can run a variant, for some of its parameters at least."""
     dims, params = dict.fromkeys(variant.axes, 1), {p.name: p.default for p in variant.params}
-    if variant.recurrence is not None:
-        return ("definition",) if state.reason_against_rule(variant, variant.recurrence(dims, params)) else ("definition", "cpu")
+    if variant.recurs:
+        return ("definition",) if state.reason_against_variant(variant, dims, params) else ("definition", "cpu")
     plan = None if variant.plan is None else variant.plan(dims, params)
     return ("definition",) if plan is None or engine.reason_against_plan(plan) else ("definition", "cpu")
 
@@ -144,7 +144,7 @@ def _check(problem: Problem, backend: str, form: str | None) -> None:
         return
     if not isinstance(form, str) or form not in state.FORMS:
         raise ParameterError(f"{name}: {catalog.unknown('form', form, state.FORMS)}")
-    if problem.variant.recurrence is None:
+    if not problem.variant.recurs:
         raise ParameterError(f"{name}: form={form!r}; it has no recurrence, and so no forms")
     if backend == "definition":
         raise ParameterError(f"{name}: form={form!r}, but backend='definition' has one form, the loops of its file; use 'cpu' or 'auto'")

@@ -19,7 +19,7 @@ from .foreign import as_numpy
 from .functions import KEYWORDS as FUNCTION_KEYWORDS
 from .functions import Functions, bind_functions
 from .sequences import Packed, Paged, Sequences
-from .spec import GROUPED, MAY_BE_EMPTY, Dims, Integer, Operand, Output, Plan, Recurrence, Variant, shape, size
+from .spec import GROUPED, MAY_BE_EMPTY, Dims, Integer, Operand, Output, Plan, Recurrence, Reduction, Variant, shape, size
 
 LAYOUTS = ("BHTD", "BTHD")
 #: Axis of what packed sequences carry, each its own.
@@ -70,6 +70,11 @@ class Problem:
     def recurrence(self) -> Recurrence | None:
         """The variant as data, where it is one of those."""
         return None if self.variant.recurrence is None else self.variant.recurrence(self.dims, self.params)
+
+    @functools.cached_property
+    def reduction(self) -> Reduction | None:
+        """The variant as a recurrence of other operands, where it is one."""
+        return None if self.variant.reduction is None else self.variant.reduction(self.dims, self.params)
 
     @functools.cached_property
     def arrays(self) -> tuple[np.ndarray, ...]:

@@ -407,6 +407,28 @@ class Recurrence:
     maximum: str = "initial_max"
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """A variant as a recurrence of operands that are made from its own.
+
+    recurrence
+        Of what `operands` makes.
+    axes
+        Of all that, by name, and of ``out`` as the recurrence gives it.  What is carried is called ``initial_state`` and so on, as a recurrence
+        says, and comes back without "initial_".
+    operands
+        ``operands(x) -> y``: by name, in float64 and with every axis in full, an absent one as its neutral element.  Written in NumPy as far as
+        `engine/tape.py` has it, so that gradients pass.
+    outputs
+        ``outputs(x, found) -> outputs``: of the variant, from its operands and the recurrence's outputs.
+    """
+
+    recurrence: Recurrence
+    axes: Mapping[str, str]
+    operands: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    outputs: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
+
+
 # ---- what can be said about a variant ------------------------------------------------------------------------------------------
 
 
@@ -471,6 +493,8 @@ class Variant:
         ``plan(dims, params) -> Plan``: the same operation as data, of a scored variant.
     recurrence : callable, optional
         ``recurrence(dims, params) -> Recurrence``: the same operation as data, of a state or feature variant.
+    reduction : callable, optional
+        ``reduction(dims, params) -> Reduction``: the same operation as a recurrence of other operands, where it is not one of its own.
     returns : tuple of str
         Outputs given when the caller names none.
     ordered : callable
@@ -496,6 +520,7 @@ class Variant:
     params: tuple[Param, ...] = ()
     plan: Callable[[Dims, Mapping[str, Any]], Plan] | None = None
     recurrence: Callable[[Dims, Mapping[str, Any]], Recurrence] | None = None
+    reduction: Callable[[Dims, Mapping[str, Any]], Reduction] | None = None
     returns: tuple[str, ...] = ("out",)
     ordered: Callable[[Mapping[str, Any]], str] = lambda params: ""
     causal: Mapping[str, Any] | None = None
@@ -509,6 +534,11 @@ class Variant:
 
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)
+
+    @property
+    def recurs(self) -> bool:
+        """Whether it is a recurrence, of its own operands or of others made from them, and so has forms."""
+        return self.recurrence is not None or self.reduction is not None
 
     @property
     def carried(self) -> tuple[str, ...]:

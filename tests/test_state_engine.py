@@ -1,4 +1,4 @@
-"""The state engine against the definitions, for every variant with a recurrence: values and gradients, in all forms, at chunks' edges, and cut."""
+"""The state engine against the definitions, for every variant that is a recurrence: values and gradients, in all forms, at chunks' edges, and cut."""
 
 import math
 from dataclasses import replace
@@ -14,11 +14,12 @@ from refattn.engine.state import forms
 from refattn.engine.state import run as engine
 from refattn.engine.state.lowered import Lowered
 from refattn.engine.state.lowering import Lowering
+from refattn.engine.state.reduction import Reduced
 
 pytestmark = pytest.mark.compiled
 
-WITH_RECURRENCE = [v for v in VARIANTS if v.values[0].recurrence is not None]
-RECURRENT_CALLS = [c for c in CALLS if c.values[0].recurrence is not None]
+WITH_RECURRENCE = [v for v in VARIANTS if v.values[0].recurs]
+RECURRENT_CALLS = [c for c in CALLS if c.values[0].recurs]
 FORMATS = {np.float64: 2.0**-53, np.float32: 2.0**-24}
 #: One state for two query heads; widths small enough for long sequences.
 LONG = {**GENERAL, "B": 1, "Hq": 2, "Hkv": 1, "D": 4, "E": 3, "H": 2, "G": 1, "M": 3, "N": 2, "F": 4, "R": 2}
@@ -58,7 +59,8 @@ def check_values(variant, params, dims, kinds, dtype, seed=0, **changed):
 
 def expressed(variant, params, dims):
     """The forms that a call has, of which only the chunked one may be missing."""
-    lowered = Lowering(bound(variant, params, draw(variant, dims), returned(variant, params, dims))).lowered
+    call = bound(variant, params, draw(variant, dims), returned(variant, params, dims))
+    lowered = Lowering(Reduced(call).problem if variant.reduction else call).lowered
     return [form for form in engine.FORMS if form != "chunked" or not forms.chunked.reason_against(lowered)]
 
 
@@ -124,6 +126,8 @@ def test_gradients_of_the_forms_agree_over_several_chunks(variant, dtype):
 
 def gates(variant):
     """Operands that are logarithms of decays as they are."""
+    if variant.recurrence is None:
+        return ""
     rule = variant.recurrence(GENERAL, {p.name: p.default for p in variant.params})
     [name] = rule.log_decay if len(rule.log_decay) == 1 and isinstance(rule.log_decay[0], str) else [""]
     return name
@@ -155,9 +159,9 @@ def cut(variant, operands, n):
 
 
 @pytest.mark.parametrize("form", engine.FORMS)
-@pytest.mark.parametrize("variant", WITH_RECURRENCE)
+@pytest.mark.parametrize("variant", [v for v in WITH_RECURRENCE if v.values[0].causal is not None])
 def test_a_sequence_is_carried_on_by_what_it_carries(variant, form):
-    dims, params = {**LONG, "T": 70, "S": 70}, dict(variant.causal or {})
+    dims, params = {**LONG, "T": 70, "S": 70}, dict(variant.causal)
     assert form in expressed(variant, params, dims)
     operands, returns = draw(variant, dims), returned(variant, params, dims)
     whole = engine.run(bound(variant, params, operands, returns), form)

@@ -17,7 +17,7 @@ PACKING = [
     pytest.param(v, backend, id=f"{v.name}-{backend}", marks=pytest.mark.compiled if backend == "cpu" else ())
     for v in (one.values[0] for one in VARIANTS)
     if takes_sequences(v, packed=True) and v.family != "scored"
-    for backend in (("definition", "cpu") if v.recurrence is not None else ("definition",))
+    for backend in (("definition", "cpu") if v.recurs else ("definition",))
 ]
 DIMS = {**GENERAL, "T": 6, "S": 6}
 LENGTHS = (3, 0, 1, 4)

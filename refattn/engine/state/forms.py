@@ -2,8 +2,9 @@
 
 from . import chunked, quadratic, recurrent
 from .lowering import Lowering
+from .reduction import Reduced
 
-__all__ = ["CHUNKED_FROM", "Lowering", "chunked", "quadratic", "recurrent"]
+__all__ = ["CHUNKED_FROM", "Lowering", "Reduced", "chunked", "quadratic", "recurrent"]
 
 #: Tokens from which chunks pay.
 CHUNKED_FROM = 16

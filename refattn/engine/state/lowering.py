@@ -252,9 +252,10 @@ class Lowering:
         return _Product(product, self.problem, self.places, self.format)
 
     def _full(self, product: _Product, heads: int, writes: int, width: int) -> np.ndarray:
-        """A product's values with every axis in full; of no factors 0, but 1 for the query."""
+        """A product's values with every axis in full; of no factors 0, but 1 for queries and keys."""
         part = self.reads if product in (self.query, self.skip) else self.wrote
-        values = product.values(heads) if product.factors else np.full((1, 1, 1, 1, 1), product is self.query, self.format)
+        is_one = product is self.query or any(product is w.key for w in self.writes)
+        values = product.values(heads) if product.factors else np.full((1, 1, 1, 1, 1), is_one, self.format)
         return np.broadcast_to(values, (self.batch, heads, part.stop - part.start, writes, width))
 
     def _placed(self, x: np.ndarray, where: slice) -> np.ndarray:

@@ -11,22 +11,32 @@ import numpy as np
 
 from ...errors import BackendUnavailableError
 from ...problem import Problem
-from ...spec import Recurrence, Variant
+from ...spec import Dims, Recurrence, Variant
 
 FORMS = ("recurrent", "quadratic", "chunked")
 
 
 def reason_against(problem: Problem) -> str:
     """Why the engine does not run a problem; "" where it does."""
+    if problem.reduction is not None:
+        return _reason_against_rule(problem.reduction.recurrence)
     rule = problem.recurrence
     if rule is None:
         return "it has no recurrence"
     others = [name for name in problem.returns if name not in ("out", *_carried(rule))]
-    return reason_against_rule(problem.variant, rule) or (f"it does not return {others[0]}" if others else "")
+    return _reason_against_rule(rule) or _reason_against_carried(problem.variant, rule) or (f"it does not return {others[0]}" if others else "")
 
 
-def reason_against_rule(variant: Variant, rule: Recurrence) -> str:
-    """Why the engine does not run a recurrence; "" where it does."""
+def reason_against_variant(variant: Variant, dims: Dims, params: Mapping[str, Any]) -> str:
+    """Why the engine does not run a variant with such parameters; "" where it does."""
+    if variant.reduction is not None:
+        return _reason_against_rule(variant.reduction(dims, params).recurrence)
+    assert variant.recurrence is not None
+    rule = variant.recurrence(dims, params)
+    return _reason_against_rule(rule) or _reason_against_carried(variant, rule)
+
+
+def _reason_against_rule(rule: Recurrence) -> str:
     if rule.exclusive and rule.input_gate:
         return "there is no kernel for an exclusive read with an input gate"
     if not rule.causal and (rule.log_decay or rule.exclusive or any(w.erase for w in rule.writes)):
@@ -35,6 +45,10 @@ def reason_against_rule(variant: Variant, rule: Recurrence) -> str:
         return "there is no kernel for erasures of which some read the state before the token"
     if rule.steps and len(rule.writes) > 1:
         return "there is no kernel for several writes of several steps"
+    return ""
+
+
+def _reason_against_carried(variant: Variant, rule: Recurrence) -> str:
     known = {o.name for o in variant.operands}
     unknown = [name for name in (rule.initial, rule.mass, rule.maximum) if name not in known and name.removeprefix("initial_") in variant.carried]
     return f"there is no operand {unknown[0]}" if unknown else ""
@@ -71,6 +85,9 @@ def run(
     BackendUnavailableError
         That form cannot express the problem.
     """
+    if problem.reduction is not None:
+        reduced = _loaded().Reduced(problem)
+        return reduced.outputs(run(reduced.problem, form, threads))
     lowering = _loaded().Lowering(problem)
     how = _form(problem, lowering.lowered, form)
     home = lowering.home(homes) if how is _loaded().recurrent else None
@@ -101,6 +118,10 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], form: str 
     BackendUnavailableError
         That form cannot express the problem.
     """
+    if problem.reduction is not None:
+        reduced = _loaded().Reduced(problem, trace=True)
+        ends = reduced.cotangents(cotangents, run(reduced.problem, form, threads))
+        return reduced.gradients(gradients(reduced.problem, ends, form, threads))
     lowering = _loaded().Lowering(problem)
     how = _form(problem, lowering.lowered, form)
     outputs = how.forward(lowering.lowered, threads) if lowering.needs_outputs else None

@@ -26,7 +26,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Choice, Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.spec import Choice, Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, initial_state_0, initial_state_1, initial_state_2, initial_mass_0, initial_mass_1, initial_mass_2, scale, eps, causal):
@@ -99,6 +99,47 @@ def define(q, k, v, initial_state_0, initial_state_1, initial_state_2, initial_m
 
 
 CARRIED = tuple(f"{part}_{order}" for part in ("state", "mass") for order in range(3))
+
+
+def reduction(dims, params):
+    """Linear attention of the features, all orders side by side."""
+    d, scale = dims["D"], params["scale"] or dims["D"] ** -0.5
+
+    def features(a):
+        scaled = scale**0.5 * a
+        products = (scaled[..., :, None] * scaled[..., None, :]).reshape(*a.shape[:-1], d * d) / 2.0**0.5
+        return np.concatenate([np.ones((*a.shape[:-1], 1)), scaled, products], axis=-1)
+
+    def operands(x):
+        heads = (dims["B"], dims["Hkv"])
+        states = x["initial_state_0"][:, :, None], x["initial_state_1"], x["initial_state_2"].reshape(*heads, d * d, dims["E"])
+        masses = x["initial_mass_0"][:, :, None], x["initial_mass_1"], x["initial_mass_2"].reshape(*heads, d * d)
+        return {
+            "q": features(x["q"]),
+            "k": features(x["k"]),
+            "v": x["v"],
+            "initial_state": np.concatenate(states, axis=2),
+            "initial_mass": np.concatenate(masses, axis=2),
+        }
+
+    def outputs(x, found):
+        state, mass, square = found["state"], found["mass"], (dims["B"], dims["Hkv"], d, d)
+        return {
+            "out": found["out"],
+            "state_0": state[:, :, 0],
+            "state_1": state[:, :, 1 : d + 1],
+            "state_2": state[:, :, d + 1 :].reshape(*square, dims["E"]),
+            "mass_0": mass[:, :, 0],
+            "mass_1": mass[:, :, 1 : d + 1],
+            "mass_2": mass[:, :, d + 1 :].reshape(*square),
+        }
+
+    return Reduction(
+        Recurrence((Write(("k",), ("v",)),), normalizer="sum", eps=params["eps"], causal=params["causal"]),
+        {"q": "B Hq T N", "k": "B Hkv S N", "v": "B Hkv S E", "initial_state": "B Hkv N E", "initial_mass": "B Hkv N", "out": "B Hq T E"},
+        operands,
+        outputs,
+    )
 
 
 def cut_and_carried_on(run, x):
@@ -192,6 +233,7 @@ VARIANT = Variant(
         Param("causal", Choice((False, True)), True, "see no later position; the last query is aligned with the last key", tries=(False,)),
     ),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="2 + B*(Hkv*S*(1 + E + D*(2 + 2*E) + D*D*(3 + 2*E)) + Hq*T*(1 + E + D*(3 + 2*E) + D*D*(4 + 2*E)))",
         memory="B*(Hq*T*E + Hkv*(1 + D + D*D)*(E + 1)) + D",

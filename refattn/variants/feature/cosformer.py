@@ -24,7 +24,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Choice, Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.spec import Choice, Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, initial_state, initial_mass, initial_position, length, eps, causal):
@@ -79,6 +79,40 @@ def define(q, k, v, initial_state, initial_mass, initial_position, length, eps, 
                     for y in range(d_v):
                         out[b, h, i, y] /= total
     return out, state, mass, position
+
+
+def reduction(dims, params):
+    """Linear attention with a clamped denominator, of the features phi."""
+    n_q, n_k = dims["T"], dims["S"]
+    length = params["length"] or longest(dims)
+
+    def phi(a, first):
+        angles = np.pi / 2.0 * (first[:, None, None, None] + np.arange(1, a.shape[2] + 1)[:, None]) / length
+        positive = np.maximum(a, 0.0)
+        return np.concatenate([positive * np.cos(angles), positive * np.sin(angles)], axis=-1)
+
+    def operands(x):
+        first = x["initial_position"]
+        aligned = first + (n_k - n_q) if params["causal"] else 0.0 * first
+        carried = {name: x[name] for name in ("initial_state", "initial_mass")}
+        return {"q": phi(x["q"], aligned), "k": phi(x["k"], first), "v": x["v"], **carried}
+
+    def outputs(x, found):
+        return {**found, "position": x["initial_position"] + n_k}
+
+    return Reduction(
+        Recurrence((Write(("k",), ("v",)),), normalizer="clamp", eps=params["eps"], causal=params["causal"]),
+        {
+            "q": "B Hq T D+D",
+            "k": "B Hkv S D+D",
+            "v": "B Hkv S E",
+            "initial_state": "B Hkv D+D E",
+            "initial_mass": "B Hkv D+D",
+            "out": "B Hq T E",
+        },
+        operands,
+        outputs,
+    )
 
 
 def longest(dims):
@@ -168,6 +202,7 @@ VARIANT = Variant(
         Param("causal", Choice((False, True)), False, "see no later position; the last query is aligned with the last key", tries=(True,)),
     ),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="B*(1 + 2*causal + Hkv*S*(6 + D*(4*E + 4)) + Hq*T*(6 + D*(4*E + 6) + E))",
         memory="B*(Hq*T*E + 2*Hkv*D*(E + 1) + 1) + 2*D",

@@ -18,7 +18,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Variant
+from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Recurrence, Reduction, Variant, Write
 
 
 def define(x, w_a, w_b, w_v, b_a, b_b, b_v, initial_state, initial_log_mass):
@@ -69,6 +69,39 @@ def define(x, w_a, w_b, w_v, b_a, b_b, b_v, initial_state, initial_log_mass):
                 for y in range(d_v):
                     out[b, i, y] += attention[c] * state[b, c, y]
     return out, state, log_mass
+
+
+def reduction(dims, params):
+    """Linear attention without a denominator, of projections that have gone through their softmaxes."""
+
+    def maps(x):
+        return x["x"] @ x["w_b"] + x["b_b"]
+
+    def log_mass(x):
+        return np.logaddexp.accumulate(np.concatenate([x["initial_log_mass"][:, None], maps(x)], axis=1), axis=1)[:, -1]
+
+    def operands(x):
+        after = log_mass(x)
+        nothing = after == -np.inf
+        after = np.where(nothing, 0.0, after)
+        kept = np.where(nothing, 1.0, np.exp(x["initial_log_mass"] - after))
+        handed_out = x["x"] @ x["w_v"] + x["b_v"]
+        return {
+            "q": np.exp(handed_out - np.logaddexp.accumulate(handed_out, axis=2)[..., -1:])[:, None],
+            "k": np.exp(maps(x) - after[:, None])[:, None],
+            "v": (x["x"] @ x["w_a"] + x["b_a"])[:, None],
+            "initial_state": (kept[..., None] * x["initial_state"])[:, None],
+        }
+
+    def outputs(x, found):
+        return {"out": found["out"][:, 0], "state": found["state"][:, 0], "log_mass": log_mass(x)}
+
+    return Reduction(
+        Recurrence((Write(("k",), ("v",)),), causal=False),
+        {"q": "B Hq T D", "k": "B Hkv S D", "v": "B Hkv S E", "initial_state": "B Hkv D E", "out": "B Hq T E"},
+        operands,
+        outputs,
+    )
 
 
 def gathered_in_two_parts(run, x):
@@ -124,6 +157,7 @@ VARIANT = Variant(
         Output("log_mass", "B D", "logarithm of the sum of exponentials", wide=True),
     ),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="B*T*(2*M*(E + 2*D) + D*(15 + 5*E))",
         memory="B*(T*E + D*(E + 1)) + D + E",

@@ -22,7 +22,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, initial_state, initial_log_mass, scale):
@@ -64,6 +64,33 @@ def define(q, k, v, initial_state, initial_log_mass, scale):
                         for y in range(d_v):
                             out[b, h, i, y] += share * state[b, g, x, y]
     return out, state, log_mass
+
+
+def reduction(dims, params):
+    """Linear attention without a denominator, of queries and keys that have gone through their softmaxes."""
+
+    def log_mass(x):
+        so_far = np.concatenate([x["initial_log_mass"][:, :, None], x["k"]], axis=2)
+        return np.logaddexp.accumulate(so_far, axis=2)[:, :, -1]
+
+    def operands(x):
+        after = log_mass(x)
+        nothing = after == -np.inf
+        after = np.where(nothing, 0.0, after)
+        kept = np.where(nothing, 1.0, np.exp(x["initial_log_mass"] - after))
+        return {
+            "q": np.exp(x["q"] - np.logaddexp.accumulate(x["q"], axis=3)[..., -1:]),
+            "k": np.exp(x["k"] - after[:, :, None]),
+            "v": x["v"],
+            "initial_state": kept[..., None] * x["initial_state"],
+        }
+
+    return Reduction(
+        Recurrence((Write(("k",), ("v",)),), scale=params["scale"], causal=False),
+        {"q": "B Hq T D", "k": "B Hkv S D", "v": "B Hkv S E", "initial_state": "B Hkv D E", "out": "B Hq T E"},
+        operands,
+        lambda x, found: {**found, "log_mass": log_mass(x)},
+    )
 
 
 def keys_in_two_parts(run, x):
@@ -124,6 +151,7 @@ VARIANT = Variant(
     ),
     params=(Param("scale", Number(), 1.0, "multiplies the output", tries=(0.37,)),),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="B*(Hkv*S*D*(11 + 3*E) + Hq*T*D*(5 + 2*E))",
         memory="B*(Hq*T*E + Hkv*D*(E + 1)) + D",

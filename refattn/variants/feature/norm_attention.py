@@ -19,7 +19,8 @@ import math
 
 import numpy as np
 
-from refattn.spec import Choice, Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.pieces.feature_maps import elu_plus_one
+from refattn.spec import Choice, Cost, Example, Factor, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, weight, initial_state, eps, causal):
@@ -60,6 +61,23 @@ def define(q, k, v, weight, initial_state, eps, causal):
                     for y in range(d_v):
                         out[b, h, i, y] *= weight[y] / length
     return out, state
+
+
+def reduction(dims, params):
+    """Linear attention without a denominator, divided by its root mean square."""
+    phi = (Factor("q", elu_plus_one),), (Factor("k", elu_plus_one),)
+
+    def outputs(x, found):
+        square = np.sum(found["out"] * found["out"], axis=3, keepdims=True) / dims["E"]
+        root = np.where(square == 0.0, 0.0, np.sqrt(np.where(square == 0.0, 1.0, square)))
+        return {**found, "out": x["weight"] * found["out"] / (root + params["eps"])}
+
+    return Reduction(
+        Recurrence((Write(phi[1], ("v",)),), query=phi[0], causal=params["causal"]),
+        {"q": "B Hq T D", "k": "B Hkv S D", "v": "B Hkv S E", "initial_state": "B Hkv D E", "out": "B Hq T E"},
+        lambda x: {name: x[name] for name in ("q", "k", "v", "initial_state")},
+        outputs,
+    )
 
 
 def cut_and_carried_on(run, x):
@@ -123,6 +141,7 @@ VARIANT = Variant(
         Param("causal", Choice((False, True)), False, "see no later position; the last query is aligned with the last key", tries=(True,)),
     ),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="B*(Hkv*S*D*(2*E + 1) + Hq*T*(D*(2*E + 1) + 4*E + 3))",
         memory="B*(Hq*T*E + Hkv*D*E) + D",

@@ -15,7 +15,7 @@ Checked against a composition of PyTorch's normalize and matmul.
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Variant
+from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, initial_state, initial_mass):
@@ -47,6 +47,25 @@ def define(q, k, v, initial_state, initial_mass):
                         for y in range(d_v):
                             out[b, h, i, y] += q[b, h, i, x] * state[b, g, x, y] / total
     return out, state, mass
+
+
+def reduction(dims, params):
+    """Linear attention without a denominator, of queries that have been divided by both sums."""
+
+    def mass(x):
+        return x["initial_mass"] + np.sum(np.abs(x["k"]), axis=2)
+
+    def operands(x):
+        total = np.sum(np.abs(x["q"]), axis=2) * np.repeat(mass(x), dims["Hq"] // dims["Hkv"], axis=1)
+        divisor = np.where(total == 0.0, np.inf, total)  # a channel of zeros stays
+        return {"q": x["q"] / divisor[:, :, None], "k": x["k"], "v": x["v"], "initial_state": x["initial_state"]}
+
+    return Reduction(
+        Recurrence((Write(("k",), ("v",)),), causal=False),
+        {"q": "B Hq T D", "k": "B Hkv S D", "v": "B Hkv S E", "initial_state": "B Hkv D E", "out": "B Hq T E"},
+        operands,
+        lambda x, found: {**found, "mass": mass(x)},
+    )
 
 
 def keys_in_two_parts(run, x):
@@ -100,6 +119,7 @@ VARIANT = Variant(
         Output("mass", "B Hkv D", "sum of the keys' absolute values, after the last key", wide=True),
     ),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="B*D*(Hkv*S*(1 + 2*E) + Hq*(1 + T*(1 + 3*E)))",
         memory="B*(Hq*T*E + Hkv*D*(E + 1))",

@@ -20,7 +20,7 @@ Checked against the mega-pytorch package's MultiHeadedEMA, with its damping tran
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Variant
+from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Recurrence, Reduction, Variant, Write
 
 
 def define(x, alpha, delta, beta, eta, initial_state):
@@ -38,6 +38,32 @@ def define(x, alpha, delta, beta, eta, initial_state):
                     state[b, m, s] = alpha[m, s] * u + (1.0 - alpha[m, s] * delta[m, s]) * state[b, m, s]
                     out[b, t, m] += eta[m, s] * state[b, m, s]
     return out, state
+
+
+def reduction(dims, params):
+    """Every average a row of its channel's state, with a factor that is the same at all tokens; a negative one changes a sign with every token."""
+
+    def operands(x):
+        factor = 1.0 - x["alpha"] * x["delta"]
+        signs = np.where(factor < 0.0, -1.0, 1.0) ** np.arange(dims["T"])[:, None, None]  # T M N
+        return {
+            "x": x["x"],
+            "k": signs * (x["alpha"] * x["beta"]),
+            "q": signs * x["eta"],
+            "gate": np.log(np.abs(factor)),
+            "initial_state": np.where(factor < 0.0, -1.0, 1.0) * x["initial_state"],
+        }
+
+    def outputs(x, found):
+        factor = 1.0 - x["alpha"] * x["delta"]
+        return {"out": found["out"], "state": np.where(factor < 0.0, -1.0, 1.0) ** (dims["T"] - 1) * found["state"]}
+
+    return Reduction(
+        Recurrence((Write(("k",), ("x",)),), query=("q",), log_decay=("gate",), heads="M"),
+        {"x": "B T M", "k": "T M N", "q": "T M N", "gate": "M N", "initial_state": "B M N", "out": "B T M"},
+        operands,
+        outputs,
+    )
 
 
 def cut_and_carried_on(run, x):
@@ -110,6 +136,7 @@ VARIANT = Variant(
         Output("state", "B M N", "state after the last token", wide=True),
     ),
     define=define,
+    reduction=reduction,
     cost=Cost(flops="8*B*T*M*N", memory="B*M*(T + N)"),
     ordered=lambda params: "T",
     causal={},

@@ -23,7 +23,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, gate, angle, initial_state, initial_imaginary, scale):
@@ -53,6 +53,35 @@ def define(q, k, v, gate, angle, initial_state, initial_imaginary, scale):
                             out[b, h, t, y] += q[b, h, t, x] * state[b, g, x, y]
                         out[b, h, t, y] *= scale
     return out, state, imaginary
+
+
+def reduction(dims, params):
+    """States that do not turn, of queries and keys turned by the angles so far; the last state is turned back."""
+
+    def turned(x, by):
+        return np.concatenate([x * np.cos(by), x * np.sin(by)], axis=-1)
+
+    def operands(x):
+        so_far = np.cumsum(x["angle"], axis=2)
+        return {
+            "q": turned(x["q"], np.repeat(so_far, dims["Hq"] // dims["Hkv"], axis=1)),
+            "k": turned(x["k"], so_far),
+            "v": x["v"],
+            "gate": np.concatenate([x["gate"], x["gate"]], axis=-1),
+            "initial_state": np.concatenate([x["initial_state"], -x["initial_imaginary"]], axis=2),
+        }
+
+    def outputs(x, found):
+        cos, sin = (f(np.sum(x["angle"], axis=2))[..., None] for f in (np.cos, np.sin))
+        re, im = found["state"][:, :, : dims["D"]], -found["state"][:, :, dims["D"] :]
+        return {"out": found["out"], "state": cos * re - sin * im, "imaginary": cos * im + sin * re}
+
+    return Reduction(
+        Recurrence((Write(("k",), ("v",)),), log_decay=("gate",), scale=params["scale"]),
+        {"q": "B Hq T D+D", "k": "B Hkv T D+D", "v": "B Hkv T E", "gate": "B Hkv T D+D", "initial_state": "B Hkv D+D E", "out": "B Hq T E"},
+        operands,
+        outputs,
+    )
 
 
 ALL = ("out", "state", "imaginary")
@@ -122,6 +151,7 @@ VARIANT = Variant(
     ),
     params=(Param("scale", Number(), 1.0, "multiplies q . S", tries=(0.37,)),),
     define=define,
+    reduction=reduction,
     cost=Cost(flops="B*T*(Hkv*D*(8*E + 5) + Hq*E*(2*D + 1))", memory="B*(Hq*T*E + 2*Hkv*D*E)"),
     ordered=lambda params: "T",
     causal={},

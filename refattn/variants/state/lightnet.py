@@ -23,7 +23,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, initial_state, initial_log_mass, scale):
@@ -56,6 +56,29 @@ def define(q, k, v, initial_state, initial_log_mass, scale):
                             out[b, h, t, y] += q[b, h, t, x] * state[b, g, x, y]
                         out[b, h, t, y] *= scale
     return out, state, log_mass
+
+
+def reduction(dims, params):
+    """Gated linear attention with keys exp(k - z) and the gates z_(t-1) - z_t."""
+
+    def log_masses(x):
+        return np.logaddexp.accumulate(np.concatenate([x["initial_log_mass"][:, :, None], x["k"]], axis=2), axis=2)
+
+    def operands(x):
+        z = log_masses(x)
+        before, after = z[:, :, :-1], np.where(z[:, :, 1:] == -np.inf, 0.0, z[:, :, 1:])
+        gate = np.where(z[:, :, 1:] == -np.inf, 0.0, before - after)  # nothing has come yet
+        return {"q": x["q"], "k": np.exp(x["k"] - after), "v": x["v"], "gate": gate, "initial_state": x["initial_state"]}
+
+    def outputs(x, found):
+        return {"out": found["out"], "state": found["state"], "log_mass": log_masses(x)[:, :, -1]}
+
+    return Reduction(
+        Recurrence((Write(("k",), ("v",)),), log_decay=("gate",), scale=params["scale"]),
+        {"q": "B Hq T D", "k": "B Hkv T D", "v": "B Hkv T E", "gate": "B Hkv T D", "initial_state": "B Hkv D E", "out": "B Hq T E"},
+        operands,
+        outputs,
+    )
 
 
 ALL = ("out", "state", "log_mass")
@@ -117,6 +140,7 @@ VARIANT = Variant(
     ),
     params=(Param("scale", Number(), 1.0, "multiplies q . S", tries=(0.37,)),),
     define=define,
+    reduction=reduction,
     cost=Cost(flops="B*T*(Hkv*D*(3*E + 11) + Hq*E*(2*D + 1))", memory="B*(Hq*T*E + Hkv*D*(E + 1))"),
     ordered=lambda params: "T",
     causal={},

@@ -26,7 +26,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Variant
+from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Recurrence, Reduction, Variant, Write
 
 
 def define(
@@ -88,6 +88,67 @@ def define(
                         out[b, h, t, y] += query[c] * state[b, h, c, y]
                     last_value[b, h, y] = x[b, h, t, y]
     return out, phase, state, last_key, last_value
+
+
+def reduction(dims, params):
+    """A fading state with two writes, of the token before and of the token itself, whose keys and queries have been turned."""
+    each = dims["H"] // dims["G"]
+
+    def turned(a, phase):
+        pairs = a.reshape(*a.shape[:-1], dims["F"], 2)
+        first, second, cos, sin = pairs[..., 0], pairs[..., 1], np.cos(phase), np.sin(phase)
+        both = [(cos * first - sin * second)[..., None], (sin * first + cos * second)[..., None]]
+        return np.concatenate(both, axis=-1).reshape(*a.shape)
+
+    def phases(x):
+        return x["initial_phase"][:, :, None] + np.cumsum(x["dt"][..., None] * x["angle"], axis=2)
+
+    def keys(x):
+        """Turned, from the last one before the first token on."""
+        own = turned(np.repeat(x["B"], each, axis=1) + x["B_bias"][:, None], phases(x))
+        return np.concatenate([x["initial_last_key"][:, :, None], own], axis=2)
+
+    def values(x):
+        return np.concatenate([x["initial_last_value"][:, :, None], x["x"]], axis=2)
+
+    def operands(x):
+        all_keys, all_values = keys(x), values(x)
+        return {
+            "q": turned(np.repeat(x["C"], each, axis=1) + x["C_bias"][:, None], phases(x)),
+            "k": all_keys[:, :, 1:],
+            "v": x["x"],
+            "last_k": all_keys[:, :, :-1],
+            "last_v": all_values[:, :, :-1],
+            "weight": x["mix"] * x["dt"],
+            "last_weight": (1.0 - x["mix"]) * x["dt"] * np.exp(x["gate"]),
+            "gate": x["gate"],
+            "skip": x["skip"],
+            "initial_state": x["initial_state"],
+        }
+
+    def outputs(x, found):
+        turns = np.concatenate([x["initial_phase"][:, :, None], phases(x)], axis=2)
+        return {**found, "phase": turns[:, :, -1], "last_key": keys(x)[:, :, -1], "last_value": values(x)[:, :, -1]}
+
+    key, value, weight = "B H T F+F", "B H T E", "B H T"
+    return Reduction(
+        Recurrence((Write(("last_weight", "last_k"), ("last_v",)), Write(("weight", "k"), ("v",))), log_decay=("gate",), skip=("skip", "v")),
+        {
+            "q": key,
+            "k": key,
+            "v": value,
+            "last_k": key,
+            "last_v": value,
+            "weight": weight,
+            "last_weight": weight,
+            "gate": weight,
+            "skip": "H",
+            "initial_state": "B H F+F E",
+            "out": value,
+        },
+        operands,
+        outputs,
+    )
 
 
 TOKENS = ("C", "B", "x", "gate", "dt", "mix", "angle")
@@ -191,6 +252,7 @@ VARIANT = Variant(
         Output("last_value", "B H E", "last input", wide=True),
     ),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="B*H*T*(20*F + 5 + 2*F*E*7 + E*(1 + 4*F))",
         memory="B*H*(T*E + 3*F + 2*F*E + E) + 4*F",

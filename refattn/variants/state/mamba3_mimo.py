@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Variant
+from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Recurrence, Reduction, Variant, Write
 
 
 def define(
@@ -98,6 +98,65 @@ def define(
                             read[b, h, t, r, y] += query[r, c] * state[b, h, c, y]
                         out[b, h, t, y] += out_weight[h, r, y] * read[b, h, t, r, y]
     return out, read, phase, state, last_key, last_value
+
+
+def reduction(dims, params):
+    """A fading state with two writes for every rank, of the token before and of the token itself, read by each rank as by a head of its own."""
+    each, ranks = dims["H"] // dims["G"], dims["R"]
+
+    def turned(a, phase):
+        pairs = a.reshape(*a.shape[:-1], dims["F"], 2)
+        first, second, cos, sin = pairs[..., 0], pairs[..., 1], np.cos(phase), np.sin(phase)
+        both = [(cos * first - sin * second)[..., None], (sin * first + cos * second)[..., None]]
+        return np.concatenate(both, axis=-1).reshape(*a.shape)
+
+    def phases(x):
+        return x["initial_phase"][:, :, None] + np.cumsum(x["dt"][..., None] * x["angle"], axis=2)
+
+    def keys(x):
+        """Turned, from the last ones before the first token on."""
+        own = turned(np.repeat(x["B"], each, axis=1) + x["B_bias"][:, None], phases(x)[:, :, :, None])
+        return np.concatenate([x["initial_last_key"][:, :, None], own], axis=2)
+
+    def own_values(x):
+        return x["x_weight"][:, None] * x["x"][:, :, :, None]
+
+    def values(x):
+        return np.concatenate([x["initial_last_value"][:, :, None], own_values(x)], axis=2)
+
+    def operands(x):
+        all_keys, all_values = keys(x), values(x)
+        weight, last_weight = x["mix"] * x["dt"], (1.0 - x["mix"]) * x["dt"] * np.exp(x["gate"])
+        queries = turned(np.repeat(x["C"], each, axis=1) + x["C_bias"][:, None], phases(x)[:, :, :, None])
+        heads_of_ranks = np.swapaxes(queries, 2, 3).reshape(dims["B"], dims["H"] * ranks, dims["T"], 2 * dims["F"])
+        written = last_weight[..., None, None] * all_keys[:, :, :-1], weight[..., None, None] * all_keys[:, :, 1:]
+        return {
+            "q": heads_of_ranks,
+            "k": np.concatenate(written, axis=3),
+            "v": np.concatenate([all_values[:, :, :-1], all_values[:, :, 1:]], axis=3),
+            "gate": x["gate"],
+            "initial_state": x["initial_state"],
+        }
+
+    def outputs(x, found):
+        turns = np.concatenate([x["initial_phase"][:, :, None], phases(x)], axis=2)
+        of_ranks = np.swapaxes(found["out"].reshape(dims["B"], dims["H"], ranks, dims["T"], dims["E"]), 2, 3)
+        read = of_ranks + x["skip"][:, None, None, None] * own_values(x)
+        return {
+            "out": np.sum(x["out_weight"][:, None] * read, axis=3),
+            "read": read,
+            "phase": turns[:, :, -1],
+            "state": found["state"],
+            "last_key": keys(x)[:, :, -1],
+            "last_value": values(x)[:, :, -1],
+        }
+
+    return Reduction(
+        Recurrence((Write(("k",), ("v",)),), log_decay=("gate",), steps="W"),
+        {"q": "B Hq T F+F", "k": "B H T W F+F", "v": "B H T W E", "gate": "B H T", "initial_state": "B H F+F E", "out": "B Hq T E"},
+        operands,
+        outputs,
+    )
 
 
 TOKENS = ("C", "B", "x", "gate", "dt", "mix", "angle")
@@ -198,6 +257,7 @@ VARIANT = Variant(
         Output("last_value", "B H R E", "last input of each rank", wide=True),
     ),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="B*H*T*(F*(4 + 16*R) + R*E + 5 + 2*F*E*(4*R + 5) + R*E*(3 + 4*F))",
         memory="B*H*(T*E*(R + 1) + F + 2*F*E + R*(2*F + E)) + R*(4*F + E)",

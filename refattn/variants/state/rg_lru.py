@@ -19,7 +19,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(x, recurrence_gate, input_gate, decay_logit, initial_state, c):
@@ -37,6 +37,24 @@ def define(x, recurrence_gate, input_gate, decay_logit, initial_state, c):
                 state[b, m] = math.exp(log_a) * state[b, m] + entering
                 out[b, t, m] = state[b, m]
     return out, state
+
+
+def reduction(dims, params):
+    """Channels that fade by their own factors and are written sqrt(1 - a^2) of the gated input."""
+
+    def operands(x):
+        softplus = np.logaddexp(0.0, -x["decay_logit"])
+        gate = -params["c"] * softplus * x["recurrence_gate"]
+        room = -np.expm1(2.0 * gate)
+        root = np.where(room > 0.0, np.sqrt(np.where(room > 0.0, room, 1.0)), 0.0)
+        return {"x": root * (x["input_gate"] * x["x"]), "gate": gate, "initial_state": x["initial_state"]}
+
+    return Reduction(
+        Recurrence((Write((), ("x",)),), query=(), log_decay=("gate",), heads="M"),
+        {"x": "B T M", "gate": "B T M", "initial_state": "B M", "out": "B T M"},
+        operands,
+        lambda x, found: found,
+    )
 
 
 TOKENS = ("x", "recurrence_gate", "input_gate")
@@ -118,6 +136,7 @@ VARIANT = Variant(
     ),
     params=(Param("c", Number(above=0.0), 8.0, "multiplies the recurrence gate", tries=(1.0,)),),
     define=define,
+    reduction=reduction,
     cost=Cost(flops="M*(3 + 10*B*T)", memory="B*M*(T + 1)"),
     ordered=lambda params: "T",
     causal={},

@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, selection, temperature, initial_state, scale):
@@ -46,6 +46,22 @@ def define(q, k, v, selection, temperature, initial_state, scale):
                             out[b, h, t, y] += q[b, h, t, x] * state[b, g, x, y]
                         out[b, h, t, y] *= scale
     return out, state
+
+
+def reduction(dims, params):
+    """Gated linear attention with the keys g^tau * k and the gates -g tau."""
+
+    def operands(x):
+        g = np.maximum(x["selection"], 0.0)
+        k = g ** x["temperature"] * x["k"]
+        return {"q": x["q"], "k": k, "v": x["v"], "gate": -x["selection"] * x["temperature"], "initial_state": x["initial_state"]}
+
+    return Reduction(
+        Recurrence((Write(("k",), ("v",)),), log_decay=("gate",), scale=params["scale"]),
+        {"q": "B Hq T D", "k": "B Hkv T D", "v": "B Hkv T E", "gate": "B Hkv T D", "initial_state": "B Hkv D E", "out": "B Hq T E"},
+        operands,
+        lambda x, found: found,
+    )
 
 
 def cut_and_carried_on(run, x):
@@ -105,6 +121,7 @@ VARIANT = Variant(
     ),
     params=(Param("scale", Number(), 1.0, "multiplies q . S", tries=(0.37,)),),
     define=define,
+    reduction=reduction,
     cost=Cost(flops="B*T*(Hkv*D*(4*E + 3) + Hq*E*(2*D + 1))", memory="B*(Hq*T*E + Hkv*D*E)"),
     ordered=lambda params: "T",
     causal={},

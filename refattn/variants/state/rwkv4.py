@@ -26,7 +26,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Variant
+from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Recurrence, Reduction, Variant, Write
 
 
 def define(k, v, gate, bonus, initial_state, initial_mass, initial_max):
@@ -53,6 +53,46 @@ def define(k, v, gate, bonus, initial_state, initial_mass, initial_max):
                 mass[b, x] = old * mass[b, x] + new
                 top[b, x] = high
     return out, state, mass, top
+
+
+def reduction(dims, params):
+    """A sum of values and one of ones, held at exp(-m), that are read before the token is written; the token's own share comes after."""
+
+    def maxima(x):
+        """m before the first token and after every one: the largest of all k_j + (t - j) gate."""
+        ages = np.arange(dims["T"] + 1)[:, None] * x["gate"]
+        forgetting = x["gate"] == -np.inf
+        ages = np.where(forgetting, 0.0, ages)
+        keys = np.concatenate([x["initial_max"][:, None], x["k"]], axis=1)
+        return np.where(forgetting, keys, np.maximum.accumulate(keys - ages, axis=1) + ages)
+
+    def operands(x):
+        m = maxima(x)
+        before, after = m[:, :-1], np.where(m[:, 1:] == -np.inf, 0.0, m[:, 1:])
+        ones = np.ones(x["v"].shape)[..., None]
+        return {
+            "k": np.exp(x["k"] - after),
+            "v": np.concatenate([x["v"][..., None], ones], axis=3),
+            "gate": before + x["gate"] - after,
+            "initial_state": np.concatenate([x["initial_state"][..., None], x["initial_mass"][..., None]], axis=2),
+        }
+
+    def outputs(x, found):
+        m = maxima(x)
+        before, own = m[:, :-1], x["bonus"] + x["k"]
+        high = np.maximum(before, own)
+        high = np.where(high == -np.inf, 0.0, high)
+        old, new = np.exp(before - high), np.exp(own - high)
+        mass = old * found["out"][..., 1] + new
+        out = (old * found["out"][..., 0] + new * x["v"]) / np.where(mass == 0.0, np.inf, mass)
+        return {"out": out, "state": found["state"][..., 0], "mass": found["state"][..., 1], "max": m[:, -1]}
+
+    return Reduction(
+        Recurrence((Write(("k",), ("v",)),), query=(), log_decay=("gate",), exclusive=True, heads="M"),
+        {"k": "B T M", "v": "B T M 2", "gate": "B T M", "initial_state": "B M 2", "out": "B T M 2"},
+        operands,
+        outputs,
+    )
 
 
 CARRIED = ("state", "mass", "max")
@@ -154,6 +194,7 @@ VARIANT = Variant(
         Output("max", "B M", "largest logarithm of a weight so far, faded", wide=True),
     ),
     define=define,
+    reduction=reduction,
     cost=Cost(flops="B*T*M*21", memory="B*M*(T + 3)"),
     ordered=lambda params: "T",
     causal={},
