@@ -55,7 +55,7 @@ def test_every_function_of_arrays_passes_gradients_on(f):
     agrees(f, RNG.uniform(-1.5, 1.5, (3, 4)))
 
 
-@pytest.mark.parametrize("shapes", [((3, 4), (4, 2)), ((2, 3, 4), (4, 2)), ((2, 1, 3), (5, 3, 2))])
+@pytest.mark.parametrize("shapes", [((3, 4), (4, 2)), ((2, 3, 4), (4, 2)), ((1, 2, 3), (5, 3, 2))])
 def test_products_of_matrices_pass_gradients_on(shapes):
     agrees(np.matmul, *map(RNG.standard_normal, shapes))
 

@@ -1,7 +1,8 @@
 """Differentiation of plain NumPy, backwards: what a reduction is written in is recorded on the way, and its gradients are collected on the way back.
 
 Of NumPy there is what reductions need, and everything else is refused: arithmetic and the functions of `SLOPES`, sums, running sums, maxima and
-`logaddexp`, products of matrices, joining, repeating, reshaping, slices.  A comparison gives a plain array, and so does whatever is made of plain arrays alone.
+`logaddexp`, products of matrices, joining, repeating, reshaping, slices.  A comparison gives a plain array, and so does whatever is made of plain
+arrays alone.
 """
 
 from __future__ import annotations
