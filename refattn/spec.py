@@ -10,6 +10,7 @@ computed, not bound.  `AXES` names the letters.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -530,7 +531,11 @@ class Variant:
     dims: tuple[Mapping[str, int], ...] = ()
 
     def operand(self, name: str) -> Operand:
-        return next(o for o in self.operands if o.name == name)
+        return self._operands[name]
+
+    @functools.cached_property
+    def _operands(self) -> dict[str, Operand]:
+        return {o.name: o for o in self.operands}
 
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)

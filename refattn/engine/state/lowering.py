@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...problem import Problem
-from ...spec import Factor, Product, shape
+from ...spec import Factor, Product, Recurrence, shape
 from ..run import format_of
 from . import maxima
 from .lowered import Lowered
@@ -32,6 +32,13 @@ def places_of(own_heads: str, steps_axis: str) -> Mapping[str, int]:
     heads = (own_heads,) if own_heads else ("Hq", "Hkv", "H", "G")
     steps = {steps_axis: WRITES} if steps_axis else {}
     return {"B": BATCH, **dict.fromkeys(heads, HEADS), "T": TOKENS, "S": TOKENS, **steps}
+
+
+@functools.cache
+def _at(axes: str, own_heads: str, steps_axis: str) -> tuple[int, ...]:
+    """The places of an operand's axes."""
+    places = places_of(own_heads, steps_axis)
+    return tuple(places.get(axis, WIDTH) for axis in axes.split())
 
 
 def spread(x: np.ndarray, at: tuple[int, ...], axes: int) -> np.ndarray:
@@ -76,6 +83,8 @@ def numbers_of(problem: Problem, name: str, format_: np.dtype) -> np.ndarray:
     operand = problem.variant.operand(name)
     if name not in problem.given:
         return np.full((1,) * len(operand.axes.split()), operand.absent, format_)
+    if problem.given[name].dtype == format_:
+        return problem.given[name]
     with np.errstate(invalid="ignore", over="ignore"):
         return np.asarray(problem.given[name], format_)
 
@@ -83,9 +92,9 @@ def numbers_of(problem: Problem, name: str, format_: np.dtype) -> np.ndarray:
 class _Factor:
     """An operand in a product: its values through the map, and gradients back through it."""
 
-    def __init__(self, factor: Factor | str, problem: Problem, places: Mapping[str, int], format_: np.dtype) -> None:
+    def __init__(self, factor: Factor | str, problem: Problem, rule: Recurrence, format_: np.dtype) -> None:
         self.rule = Factor(factor) if isinstance(factor, str) else factor
-        self.at = tuple(places.get(axis, WIDTH) for axis in problem.variant.operand(self.rule.operand).axes.split())
+        self.at = _at(problem.variant.operand(self.rule.operand).axes, rule.heads, rule.steps)
         self.raw = numbers_of(problem, self.rule.operand, format_)
         self.weights = tuple(numbers_of(problem, name, format_) for name in self.rule.weights)
         mapped, piece, numbers = self.raw, self.rule.map, self.rule.numbers
@@ -109,11 +118,9 @@ class _Factor:
 class _Product:
     """Factors multiplied, each repeated over the heads that share it."""
 
-    def __init__(self, product: Product, problem: Problem, places: Mapping[str, int], format_: np.dtype) -> None:
-        self.factors = [_Factor(factor, problem, places, format_) for factor in product]
-
-    def size(self, axis: int) -> int:
-        return max((f.values.shape[axis] for f in self.factors), default=1)
+    def __init__(self, product: Product, problem: Problem, rule: Recurrence, format_: np.dtype) -> None:
+        self.factors = [_Factor(factor, problem, rule, format_) for factor in product]
+        self.sizes = tuple(map(max, zip(*(f.values.shape for f in self.factors), strict=True))) or (1, 1, 1, 1, 1)
 
     def values(self, heads: int) -> np.ndarray:
         """Over so many heads; an axis that no factor has is of size 1."""
@@ -170,14 +177,14 @@ class Lowering:
         for write in rule.writes:
             parts = self._product(write.key), self._product(write.value), self._product(write.erase)
             first = self.writes[-1].where.stop if self.writes else 0
-            self.writes.append(_Write(*parts, slice(first, first + max(p.size(WRITES) for p in parts))))
+            self.writes.append(_Write(*parts, slice(first, first + max(p.sizes[WRITES] for p in parts))))
         self.batch = problem.dims.get("B", 1)
         keyed = [self.decay, self.bonus, *(p for w in self.writes for p in (w.key, w.erase))]
         written = [*keyed, self.gate, *(w.value for w in self.writes)]
-        self.states = max(p.size(HEADS) for p in written)
-        self.heads = max(self.states, self.query.size(HEADS), self.skip.size(HEADS))
-        self.n_keys = max(p.size(WIDTH) for p in (self.query, *keyed))
-        self.n_values = max(w.value.size(WIDTH) for w in self.writes)
+        self.states = max(p.sizes[HEADS] for p in written)
+        self.heads = max(self.states, self.query.sizes[HEADS], self.skip.sizes[HEADS])
+        self.n_keys = max(p.sizes[WIDTH] for p in (self.query, *keyed))
+        self.n_values = max(w.value.sizes[WIDTH] for w in self.writes)
         n_queries = problem.dims["T"]
         n_writes = problem.dims.get("S", n_queries)
         if rule.causal:  # the last query is aligned with the last key
@@ -186,6 +193,7 @@ class Lowering:
         else:  # all is written before anything is read
             self.tokens = n_writes + n_queries
             self.wrote, self.reads = slice(0, n_writes), slice(n_writes, self.tokens)
+        self.widths = tuple(self._widths([getattr(w, part) for w in rule.writes]) for part in ("key", "value"))
         self.lowered = self._lower()
 
     def outputs(self, out: np.ndarray, state: np.ndarray) -> Numbers:
@@ -221,7 +229,7 @@ class Lowering:
         q = self._placed(self._full(self.query, self.heads, 1, self.n_keys), self.reads)[:, :, :, 0]
         b, values = self._writes("key", self.n_keys), self._writes("value", self.n_values)
         e = self._writes("erase", self.n_keys) if any(w.erase.factors for w in self.writes) else None
-        g = self._full(self.decay, self.states, 1, self.decay.size(WIDTH))[:, :, :, 0] if rule.log_decay else None
+        g = self._full(self.decay, self.states, 1, self.decay.sizes[WIDTH])[:, :, :, 0] if rule.log_decay else None
         u = self._full(self.bonus, self.states, 1, self.n_keys)[:, :, :, 0] if rule.bonus else None
         initial = self._initial(rule.initial, self.n_values)
         if rule.input_gate:
@@ -249,14 +257,15 @@ class Lowering:
         return _joined([self._full(getattr(w, part), self.states, w.where.stop - w.where.start, width) for w in self.writes])
 
     def _product(self, product: Product) -> _Product:
-        return _Product(product, self.problem, self.places, self.format)
+        return _Product(product, self.problem, self.rule, self.format)
 
     def _full(self, product: _Product, heads: int, writes: int, width: int) -> np.ndarray:
         """A product's values with every axis in full; of no factors 0, but 1 for queries and keys."""
         part = self.reads if product in (self.query, self.skip) else self.wrote
         is_one = product is self.query or any(product is w.key for w in self.writes)
         values = product.values(heads) if product.factors else np.full((1, 1, 1, 1, 1), is_one, self.format)
-        return np.broadcast_to(values, (self.batch, heads, part.stop - part.start, writes, width))
+        full = (self.batch, heads, part.stop - part.start, writes, width)
+        return values if values.shape == full else np.broadcast_to(values, full)
 
     def _placed(self, x: np.ndarray, where: slice) -> np.ndarray:
         """Tokens in their places among all of them; 0 elsewhere."""
@@ -280,7 +289,7 @@ class Lowering:
 
     def _square(self, axes: str) -> tuple[int, ...]:
         """Places of a carried array's axes in [B, H, K, V]; widths may lie in either order."""
-        keys, values = (self._widths([getattr(w, part) for w in self.rule.writes]) for part in ("key", "value"))
+        keys, values = self.widths
         found: list[int] = []
         for axis in axes.split():
             is_value = axis in values and (axis not in keys or 2 in found)
