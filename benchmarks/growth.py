@@ -226,25 +226,24 @@ def write_plot(path: Path, found: Sequence[Point], longest: int) -> None:
     for name in MECHANISMS:
         own = [p for p in found if p.mechanism == name]
         lengths = [p.length for p in own]
-        (line,) = left.plot(lengths, [p.seconds for p in own], marker="o", markersize=4, label=name)
+        cross = crossover(found, name) if name != "softmax" else 0.0
+        ahead = f", ahead of softmax from T = {cross:.0f}" if lengths[0] < cross < math.inf else ""
+        (line,) = left.plot(lengths, [p.seconds for p in own], marker="o", markersize=4, label=name + ahead)
         left.plot(lengths, [p.floor for p in own], linestyle="--", linewidth=0.9, color=line.get_color(), alpha=0.7)
         right.plot(lengths, [max(p.memory, 2**16) for p in own], marker="o", markersize=4, color=line.get_color(), label=name)
         last = own[-1]
         if last.length < longest:
             left.plot([last.length, longest], [last.seconds, last.seconds * (longest / last.length) ** 2], linestyle=":", color=line.get_color())
-        cross = crossover(found, name) if name != "softmax" else 0.0
-        if lengths[0] < cross < math.inf:
+        if ahead:
             at = math.exp(np.interp(math.log(cross), np.log(lengths), np.log([p.seconds for p in own])))
             left.plot([cross], [at], marker="D", color=line.get_color(), markersize=8, markeredgecolor="black", zorder=5)
-            left.annotate(f"T = {cross:.0f}", (cross, at), xytext=(6, -14), textcoords="offset points", fontsize=9, color=line.get_color())
     left.plot([], [], linestyle="--", color="grey", label="floor: operations or bytes at this machine's best")
     left.plot([], [], linestyle=":", color="grey", label="not measured: four times the time for twice the length")
-    left.plot([], [], marker="D", linestyle="", color="grey", markeredgecolor="black", label="beyond here faster than softmax")
     for axes, what in ((left, "seconds of a call"), (right, "bytes beyond the operands")):
         axes.set(xscale="log", yscale="log", xlabel="T, tokens", ylabel=what)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9)
-    figure.suptitle(f"One causal head of width {WIDTH}, float32, {found[0].threads} threads")
+    figure.suptitle(f"One causal head of width {WIDTH}, float32, {found[0].threads} thread{'s' if found[0].threads > 1 else ''}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

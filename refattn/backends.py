@@ -52,6 +52,13 @@ def run(problem: Problem, backend: str, form: str | None = None, homes: Mapping[
     return definition.joined(problem, (state.run(one, form) for one in split(problem)))
 
 
+def repeated(problem: Problem, backend: str) -> Callable[[Mapping[str, np.ndarray]], np.ndarray] | None:
+    """Of a call that `run` has run: ``out`` as a function of other arrays of its shapes, which updates the state in its place; or None."""
+    if problem.sequences is not None or not problem.variant.recurs or _without_compiler():
+        return None
+    return None if backend == "auto" and _is_tiny(problem) else state.repeated(problem)
+
+
 def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: str, form: str | None = None) -> Gradients:
     """Gradients for cotangents (BHTD) of some outputs, by the backend of that name, and through that form of a recurrence.
 

@@ -5,6 +5,8 @@ in float64.  A tolerance is twice what `catalogue.rounding` gives for the defini
 how much the outputs answer to such changes, which is measured.
 """
 
+from __future__ import annotations
+
 import math
 from types import SimpleNamespace
 from typing import NamedTuple

@@ -8,7 +8,7 @@ from test_catalogue import close
 from test_state_engine import cut
 
 import refattn as ra
-from refattn import catalog
+from refattn import catalog, steps
 from refattn.problem import takes_sequences
 from refattn.spec import shape
 
@@ -203,3 +203,80 @@ def test_gradients_of_packed_sequences_are_each_ones_own_and_sums_of_what_they_s
         elif expected is None:
             expected = np.concatenate(parts)
         same(getattr(found, "d_" + o.name), expected, o.name)
+
+
+# ---- the same step again -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """What steps remember, at first nothing."""
+    monkeypatch.setattr(steps, "_known", {})
+    return steps._known
+
+
+def tokens(variant, seed, dtype=np.float32):
+    """Operands of one token of some heads, wide enough that no call is tiny, without what is carried."""
+    given = draw(variant, {**GENERAL, "B": 2, "Hq": 4, "Hkv": 2, "H": 4, "G": 2, "T": 1, "S": 1, "D": 16, "E": 24, "M": 40, "N": 16}, seed)
+    return {name: np.ascontiguousarray(x, dtype) for name, x in given.items() if name.removeprefix("initial_") not in variant.carried}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", ["gated_delta", "kda", "gla", "simple_gla", "delta", "rwkv6"])
+def test_a_step_taken_again_has_the_bits_of_one_that_is_looked_at(name, known):
+    variant = catalog.variant(name)
+    calls = [tokens(variant, seed) for seed in range(4)]
+    first = {n: x.astype(np.float32) for n, x in ra.step(name, None, **calls[0])[1].items()}
+    looked_at, again = ({n: x.copy() for n, x in first.items()} for _ in range(2))
+    remembered: dict = {}
+    for call in calls:
+        known.clear()
+        out, looked_at = ra.step(name, looked_at, **call)
+        known.update(remembered)
+        other, again = ra.step(name, again, **call)
+        remembered = dict(known)
+        assert any(step is not None for step in remembered.values())
+        same(other, out)
+        same(again["state"], looked_at["state"])
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", ["linear", "mlstm", "mamba2", "retention", "hgrn2", "dplr", "gateloop", "rwkv4"])
+def test_what_more_is_to_be_done_with_is_looked_at_every_time(name, known):
+    variant = catalog.variant(name)
+    state = ra.step(name, None, **tokens(variant, 0))[1]
+    for seed in range(3):
+        ra.step(name, state, **tokens(variant, seed))
+    assert known and set(known.values()) == {None}
+
+
+@pytest.mark.compiled
+def test_other_parameters_formats_and_operands_are_other_steps(known):
+    variant = catalog.variant("gated_delta")
+    call, state = tokens(variant, 0), ra.step("gated_delta", None, **tokens(variant, 1))[1]
+    ra.step("gated_delta", state, **call)
+    plain = ra.step("gated_delta", {"state": state["state"].copy()}, **call)[0]
+    other = ra.step("gated_delta", {"state": state["state"].copy()}, **call, scale=1.0)[0]
+    np.testing.assert_allclose(other, plain * np.sqrt(16.0), rtol=1e-5)
+    assert (
+        ra.step("gated_delta", {"state": state["state"].astype(np.float64)}, **{n: x.astype(np.float64) for n, x in call.items()})[0].dtype
+        == np.float64
+    )
+    both = ra.step("gated_delta", {"state": state["state"].copy()}, **call, returns=("out", "state"))
+    same(both[0], plain)
+    with pytest.raises(ra.ShapeError, match="gated_delta: k has D=15"):
+        ra.step("gated_delta", state, **{**call, "k": call["k"][..., :15]})
+    with pytest.raises(ra.OperandError, match="gated_delta: beta missing"):
+        ra.step("gated_delta", state, **{name: x for name, x in call.items() if name != "beta"})
+    apart = np.asfortranarray(state["state"])
+    same(ra.step("gated_delta", {"state": apart}, **call)[0], plain)
+    same(ra.step("gated_delta", {"state": state["state"].copy()}, *call.values())[0], plain)
+
+
+@pytest.mark.compiled
+def test_what_is_remembered_does_not_grow_without_end(known, monkeypatch):
+    monkeypatch.setattr(steps, "_MOST_KNOWN", 3)
+    for width in range(16, 24):
+        call = {name: x[..., :width] if name in "qk" else x for name, x in tokens(catalog.variant("gated_delta"), 0).items()}
+        ra.step("gated_delta", ra.step("gated_delta", None, **call)[1], **{name: np.ascontiguousarray(x) for name, x in call.items()})
+        assert len(known) <= 3

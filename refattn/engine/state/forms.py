@@ -3,8 +3,9 @@
 from . import chunked, quadratic, recurrent
 from .lowering import Lowering
 from .reduction import Reduced
+from .repeat import repeated
 
-__all__ = ["CHUNKED_FROM", "Lowering", "Reduced", "chunked", "quadratic", "recurrent"]
+__all__ = ["CHUNKED_FROM", "Lowering", "Reduced", "chunked", "quadratic", "recurrent", "repeated"]
 
 #: Tokens from which chunks pay.
 CHUNKED_FROM = 16

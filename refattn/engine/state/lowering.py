@@ -89,7 +89,7 @@ def numbers_of(problem: Problem, name: str, format_: np.dtype) -> np.ndarray:
         return np.asarray(problem.given[name], format_)
 
 
-class _Factor:
+class Mapped:
     """An operand in a product: its values through the map, and gradients back through it."""
 
     def __init__(self, factor: Factor | str, problem: Problem, rule: Recurrence, format_: np.dtype) -> None:
@@ -115,11 +115,11 @@ class _Factor:
             return dict(zip(names, piece.pullback(found, self.raw, *self.weights, *numbers), strict=True))
 
 
-class _Product:
+class Multiplied:
     """Factors multiplied, each repeated over the heads that share it."""
 
     def __init__(self, product: Product, problem: Problem, rule: Recurrence, format_: np.dtype) -> None:
-        self.factors = [_Factor(factor, problem, rule, format_) for factor in product]
+        self.factors = [Mapped(factor, problem, rule, format_) for factor in product]
         self.sizes = tuple(map(max, zip(*(f.values.shape for f in self.factors), strict=True))) or (1, 1, 1, 1, 1)
 
     def values(self, heads: int) -> np.ndarray:
@@ -143,9 +143,9 @@ class _Product:
 class _Write:
     """The products of one write, and which of a token's writes are its."""
 
-    key: _Product
-    value: _Product
-    erase: _Product
+    key: Multiplied
+    value: Multiplied
+    erase: Multiplied
     where: slice
 
 
@@ -207,7 +207,7 @@ class Lowering:
         found[_after(rule.initial)] = state
         if rule.input_gate:
             found[_after(rule.maximum)] = self.maxima[:, :, -1:, None]
-        places = {o.name: self._square(o.axes) for o in self.problem.variant.outputs if o.name in found} | {"out": self._out_at()}
+        places = {o.name: self._square(o.axes) for o in self.problem.variant.outputs if o.name in found} | {"out": self.out_at()}
         shapes = {o.name: shape(o.axes, self.problem.dims) for o in self.problem.variant.outputs}
         return {name: folded(x, places[name], shapes[name]) for name, x in {"out": read, **found}.items() if name in places}
 
@@ -256,10 +256,10 @@ class Lowering:
         """Keys, values or what erases of all writes of a token."""
         return _joined([self._full(getattr(w, part), self.states, w.where.stop - w.where.start, width) for w in self.writes])
 
-    def _product(self, product: Product) -> _Product:
-        return _Product(product, self.problem, self.rule, self.format)
+    def _product(self, product: Product) -> Multiplied:
+        return Multiplied(product, self.problem, self.rule, self.format)
 
-    def _full(self, product: _Product, heads: int, writes: int, width: int) -> np.ndarray:
+    def _full(self, product: Multiplied, heads: int, writes: int, width: int) -> np.ndarray:
         """A product's values with every axis in full; of no factors 0, but 1 for queries and keys."""
         part = self.reads if product in (self.query, self.skip) else self.wrote
         is_one = product is self.query or any(product is w.key for w in self.writes)
@@ -283,7 +283,7 @@ class Lowering:
         x = numbers_of(self.problem, name, self.format)
         return np.broadcast_to(spread(x, self._square(self.problem.variant.operand(name).axes), 4), full)
 
-    def _out_at(self) -> tuple[int, ...]:
+    def out_at(self) -> tuple[int, ...]:
         """Places of the axes of `out` in [B, Hq, T, V]."""
         return tuple(min(self.places.get(axis, WIDTH), 3) for axis in next(o.axes for o in self.problem.variant.outputs if o.name == "out").split())
 
@@ -328,7 +328,9 @@ class Lowering:
             own = np.full_like(mass, eps)
         nothing = divisor == 0.0
         divisor = np.where(nothing, 1.0, divisor).astype(self.format)
-        out = np.where(nothing, 0.0, self.format.type(rule.scale) * read[..., :-1] / divisor)
+        out = read[..., :-1] / divisor if rule.scale == 1.0 else self.format.type(rule.scale) * read[..., :-1] / divisor
+        if nothing.any():
+            out = np.where(nothing, 0.0, out)
         return out, np.where(nothing, np.inf, divisor), slope, own / divisor
 
     # ---- backward --------------------------------------------------------------------------------------------------------------------
@@ -343,7 +345,7 @@ class Lowering:
         rule, full = self.rule, (self.batch, self.heads, self.reads.stop - self.reads.start, self.n_values)
         d_read = np.zeros(full, self.format)
         if "out" in given:
-            d_read = spread(np.asarray(given["out"], self.format), self._out_at(), 4).reshape(full)
+            d_read = spread(np.asarray(given["out"], self.format), self.out_at(), 4).reshape(full)
         d_state = self._carried(given, rule.initial, (self.batch, self.states, self.n_keys, self.n_values))
         self.d_read = d_read
         if found is not None:

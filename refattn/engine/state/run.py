@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -97,6 +97,17 @@ def run(
         name, state = home
         found = {**lowering.outputs(how.advance(lowering.lowered, state, threads), state), name: homes[name]}
     return {name: found[name] for name in problem.returns}
+
+
+def repeated(problem: Problem) -> Callable[[Mapping[str, np.ndarray]], np.ndarray] | None:
+    """What queries read, as a function of operands by name like the problem's, which updates the state in its place; None where that is not enough.
+
+    Parameters
+    ----------
+    problem : Problem
+        A dense one that has been run.
+    """
+    return None if reason_against(problem) else _loaded().repeated(problem)
 
 
 def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], form: str | None = None, threads: int | None = None) -> dict[str, np.ndarray]:

@@ -4,7 +4,9 @@ import numpy as np
 
 
 def features(x):
-    return np.where(x > 0.0, x + 1.0, np.exp(np.minimum(x, 0.0)))  # not (exp(x) - 1) + 1, which loses what lies below the unit roundoff
+    y = np.minimum(x, 0.0)
+    np.exp(y, out=y)  # not (exp(x) - 1) + 1, which loses what lies below the unit roundoff
+    return np.add(y, np.maximum(x, 0.0), out=y)
 
 
 def pullback(d, x):
