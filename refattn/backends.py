@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from . import catalog, definition, entrywise
 from .costs import flops
 from .engine import run as engine
+from .engine.learner import run as learner
 from .engine.state import run as state
 from .errors import BackendUnavailableError, ParameterError
 from .functions import Aux
@@ -41,11 +42,14 @@ def run(problem: Problem, backend: str, form: str | None = None, homes: Mapping[
     def reason() -> str:
         if backend == "auto" and form is None and _is_tiny(problem):
             return "plain Python is done before a kernel is loaded"
-        return state.reason_against(problem) if problem.variant.recurs else engine.reason_against(problem)
+        return _room_of(problem.variant).reason_against(problem)
 
     if _chosen(problem, backend, form, reason) == "definition":
         return definition.run(problem)
-    if not problem.variant.recurs:
+    room = _room_of(problem.variant)
+    if room is learner:
+        return learner.run(problem) if problem.sequences is None else definition.joined(problem, map(learner.run, split(problem)))
+    if room is engine:
         return engine.run(problem)
     if problem.sequences is None:
         return state.run(problem, form, homes=homes)
@@ -54,7 +58,7 @@ def run(problem: Problem, backend: str, form: str | None = None, homes: Mapping[
 
 def repeated(problem: Problem, backend: str) -> Callable[[Mapping[str, np.ndarray]], np.ndarray] | None:
     """Of a call that `run` has run: ``out`` as a function of other arrays of its shapes, which updates the state in its place; or None."""
-    if problem.sequences is not None or not problem.variant.recurs or _without_compiler():
+    if problem.sequences is not None or _room_of(problem.variant) is not state or _without_compiler():
         return None
     return None if backend == "auto" and _is_tiny(problem) else state.repeated(problem)
 
@@ -71,6 +75,8 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: s
     _check_gradients(problem, backend)
 
     def reason() -> str:
+        if _room_of(problem.variant) is learner:
+            return "there is no kernel for its gradients"
         if not problem.variant.recurs:
             return engine.reason_against_gradients(problem, cotangents)
         return state.reason_against_gradients(problem, form)
@@ -99,6 +105,8 @@ def of(variant: Variant) -> tuple[str, ...]:
     dims, params = dict.fromkeys(variant.axes, 1), {p.name: p.default for p in variant.params}
     if variant.recurs:
         return ("definition",) if state.reason_against_variant(variant, dims, params) else ("definition", "cpu")
+    if _room_of(variant) is learner:
+        return ("definition", "cpu")
     plan = None if variant.plan is None else variant.plan(dims, params)
     return ("definition",) if plan is None or engine.reason_against_plan(plan) else ("definition", "cpu")
 
@@ -107,6 +115,11 @@ def allocated(variant: Variant, dims: Dims, params: Mapping[str, Any], itemsize:
     """Bytes that a forward call allocates, by backends other than the definition."""
     plan = None if variant.plan is None else variant.plan(dims, params)
     return {} if plan is None or engine.reason_against_plan(plan) else {"cpu": engine.allocated(plan, dims, itemsize)}
+
+
+def _room_of(variant: Variant) -> ModuleType:
+    """The module that runs a variant, if the engine does."""
+    return state if variant.recurs else learner if learner.knows(variant) else engine
 
 
 def _chosen(problem: Problem, backend: str, form: str | None, reason: Callable[[], str]) -> str:

@@ -1,5 +1,6 @@
 """What `refattn warmup` compiles is what later processes call, and threads are counted as the user says."""
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 import refattn as ra
 from refattn import catalog, cli
 from refattn.engine import backward, decode, forward, rows, warmup
+from refattn.engine.learner import run as learner
 from refattn.engine.state import chunked, chunked_backward, quadratic, recurrent
 from refattn.engine.threads import available_threads
 
@@ -72,7 +74,8 @@ def test_calls_after_a_warm_up_compile_nothing(in_process_with_cache, monkeypatc
 @pytest.mark.compiled
 def test_every_entry_point_is_a_job_once():
     """The plain functions of a kernel module are its entry points; everything else in it is compiled as a part of them."""
-    states = (chunked, chunked_backward, quadratic, recurrent)
+    learners = [importlib.import_module("refattn.engine.learner." + name) for name in learner.KERNELS]
+    states = (chunked, chunked_backward, quadratic, recurrent, *learners)
     found = [
         (module.__name__.removeprefix("refattn.engine."), name)
         for module in (forward, decode, rows, backward, *states)

@@ -1,7 +1,7 @@
 """The engine's entry points, compiled ahead of time into Numba's cache on disk.
 
-A job is an entry point in one element type; kernels.py compiles it once for arrays of any strides, and state/kernels.py for arrays in C order, so
-these are all there are.
+A job is an entry point in one element type; kernels.py compiles it once for arrays of any strides, state/kernels.py and learner/kernels.py for arrays
+in C order, so these are all there are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from . import kernels
+from .learner import kernels as learner_kernels
+from .learner.run import KERNELS as LEARNERS
 from .state import kernels as state_kernels
 
 #: Entry points on one thread, by their names in tables: module and function.
@@ -25,8 +27,11 @@ ENTRIES = {
     "chunked forward": ("state.chunked", "forward_alone"),
     "chunked backward": ("state.chunked_backward", "backward_alone"),
     "quadratic forward": ("state.quadratic", "forward_alone"),
+    **{f"{name} forward": (f"learner.{name}", "forward_alone") for name in LEARNERS},
 }
 ELEMENTS = ("float32", "float64")
+#: By the first part of a module's name, unless it is kernels.py.
+COMPILERS = {"state": state_kernels, "learner": learner_kernels}
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def entry(job: Job) -> tuple[str, str]:
 def compiled(job: Job) -> Any:
     """The entry point, from the cache or compiled and put there."""
     module, function = entry(job)
-    compiler = state_kernels.kernel if module.startswith("state.") else kernels.kernel
+    compiler = COMPILERS.get(module.partition(".")[0], kernels).kernel
     return compiler(getattr(importlib.import_module("." + module, __package__), function), np.dtype(job.element))
 
 

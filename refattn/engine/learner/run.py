@@ -1,0 +1,44 @@
+"""Which problems the learner engine runs, and running them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from ...problem import Problem
+from ...spec import Variant
+from ..run import format_of
+
+#: Variants that have kernels, in the module of their name.
+KERNELS = ("log_linear", "mesa", "titans", "ttt_linear", "ttt_mlp")
+
+
+def knows(variant: Variant) -> bool:
+    """Whether there are kernels for a variant."""
+    return variant.family == "learner" and variant.name in KERNELS
+
+
+def reason_against(problem: Problem) -> str:
+    """Why the engine does not run a problem of a variant it knows; "" where it does."""
+    format_ = format_of(problem)
+    limits = np.finfo(format_)
+    for name, x in problem.params.items():
+        if isinstance(x, float) and x and not float(limits.smallest_normal) <= abs(x) <= float(limits.max):
+            return f"{name}={x:g} is beyond {format_}"
+    return ""
+
+
+def run(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
+    """The outputs asked for, in float32, or float64 for float64 operands.
+
+    Parameters
+    ----------
+    problem : Problem
+        A dense one that `reason_against` has nothing against.
+    threads : int, optional
+        As many as Numba uses, unless said.  The result does not depend on it.
+    """
+    found: dict[str, Any] = importlib.import_module("." + problem.variant.name, __package__).outputs(problem, threads)
+    return {name: found[name] for name in problem.returns}
