@@ -1,4 +1,4 @@
-"""Public implementations that compute something else than a caller would expect, each as the judge takes it, from the installed package.
+"""Public implementations that compute something else than a caller would expect, each as the judge takes it, from the released package.
 
 Every one is somebody's right answer to another question (PyTorch's ``is_causal`` is what its documentation says), or a mistake that its authors
 know about or have mended since.  What they share: they were taken for what this project calls `softmax`, and a comparison on square shapes, on
@@ -8,11 +8,19 @@ rows that all see something, or with a loose tolerance would not have shown it.
 from __future__ import annotations
 
 import functools
+import importlib
+import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Optional
 
+import ml_dtypes
 import numpy as np
+import peer_sources
+
+os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported
 
 
 @dataclass(frozen=True)
@@ -24,19 +32,20 @@ class Defect:
     source
         Where it can be read.
     code
-        Of the fault, in the project's catalogue; "" where the catalogue holds none that it is.
+        Of the fault, in the project's catalogue.
     check
         Keywords of `refattn.check` beside the candidate.
-    right, right_check
-        The same implementation, asked what it is right about: the candidate and the keywords, where they differ.
+    right, right_variant, right_check
+        The same implementation, asked what it is right about: the candidate, the variant and the keywords, where they differ.
     """
 
     candidate: Callable[..., Any]
     packages: tuple[str, ...]
     source: str
-    code: str = ""
+    code: str
     check: Mapping[str, Any] = field(default_factory=dict)
     right: Callable[..., Any] | None = None
+    right_variant: str = "softmax"
     right_check: Mapping[str, Any] | None = None
 
 
@@ -170,18 +179,27 @@ def onnxruntime_local_window(q, k, v, window=None):
 
 
 def gpt_oss_sinks(q, k, v, sinks=None):
-    """Its eager attention takes the softmax over scores and sinks in the operands' dtype; a kernel with float32 softmax is expected."""
-    import torch
-    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+    """Its eager attention takes the softmax over scores and sinks in the operands' dtype; a kernel with float32 softmax is expected.
 
+    Scores and weights are stored in that dtype as well, as other models' are; what it does besides shows where sinks are far above the scores.
+    """
     if sinks is None:
         raise NotImplementedError("it always has sinks")
+    return _eager("gpt_oss", q, k, v, sinks)
 
-    class Module:
-        num_key_value_groups, training = q.shape[1] // k.shape[1], False
 
-    Module.sinks = sinks
-    out, _ = eager_attention_forward(Module, q, k, v, torch.zeros((), dtype=q.dtype), scaling=q.shape[3] ** -0.5, dropout=0.0)
+def gemma2_scores(q, k, v, softcap=None):
+    """Products, scores after every step and weights are stored in the operands' dtype; the softmax itself is in float32."""
+    return _eager("gemma2", q, k, v, softcap=softcap)
+
+
+def _eager(model, q, k, v, sinks=None, **options):
+    """A model's eager attention; it is asked for no mask."""
+    import torch
+
+    modelling = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    module = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], training=False, sinks=sinks)
+    out, _ = modelling.eager_attention_forward(module, q, k, v, torch.zeros((), dtype=q.dtype), scaling=q.shape[3] ** -0.5, dropout=0.0, **options)
     return out.transpose(1, 2)
 
 
@@ -241,10 +259,101 @@ def alibi(heads: int, n_q: int, n_k: int) -> np.ndarray:
     return (np.array(slopes(heads))[:, None, None] * ahead).astype(np.float32)
 
 
+# ---- Keras, labml, FlashAttention ------------------------------------------------------------------------------------------------
+
+
+def keras_attention(q, k, v):
+    """`keras.layers.Attention` is Luong's: scores are not divided by the root of D."""
+    import keras
+
+    _something(q, k)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return keras.layers.Attention()([q, v, k])
+
+
+def keras_is_causal(q, k, v, causal=False):
+    """Aligned with the first key."""
+    import keras
+
+    _something(q, k)
+    return keras.ops.dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=bool(causal)).transpose(1, 2)
+
+
+def keras_hidden_rows(q, k, v, mask=None):
+    """A row that sees no key gets the mean of all values: a large negative number is added to hidden scores."""
+    import keras
+
+    _something(q, k)
+    return keras.ops.dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask=mask).transpose(1, 2)
+
+
+def keras_sliding_window(q, k, v, window=None):
+    """GroupQueryAttention, its projections the identity: a sliding_window of W keys is the query's own and W - 1 before it."""
+    import keras
+
+    batch, heads, n, d = q.shape
+    if window is None or window[1] != 0 or not window[0] or k.shape[2] != n or v.shape[3] != d:
+        raise NotImplementedError("causal windows over one sequence, and one width")
+    kv_heads = k.shape[1]
+    layer = keras.layers.GroupQueryAttention(d, heads, kv_heads, use_bias=False, sliding_window=window[0])
+    layer.build(query_shape=(batch, n, heads * d), value_shape=(batch, n, kv_heads * d))
+    eye, kv_eye = np.eye(heads * d), np.eye(kv_heads * d).reshape(-1, kv_heads, d)
+    layer.set_weights([eye.reshape(-1, heads, d), kv_eye, kv_eye, eye.reshape(heads, d, -1)])
+    query, key, value = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
+    return layer(query, value, key, use_causal_mask=True).detach().unflatten(2, (heads, d)).transpose(1, 2)
+
+
+def labml_attention_block(q, k, v):
+    """The attention of its diffusion model, without projections: the softmax runs over the queries.  Mended in the next release."""
+    import torch
+
+    _something(q, k)
+    batch, heads, n, d = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    width = v.shape[3]
+    if k.shape[2] != n or width > d:
+        raise NotImplementedError("one sequence, and values no wider than keys")
+    joined = torch.cat([q, k, torch.nn.functional.pad(v, (0, d - width))], 3).flatten(0, 1)
+    block = SimpleNamespace(projection=lambda x: joined, output=lambda x: x, n_heads=1, d_k=d, scale=d**-0.5)
+    out = _labml_forward()(block, torch.zeros(batch * heads, d, n, 1, dtype=q.dtype))  # which is added to the output
+    return out.reshape(batch, heads, d, n).transpose(2, 3)[..., :width]
+
+
+@functools.cache
+def _labml_forward() -> Callable[..., Any]:
+    import torch
+
+    return peer_sources.functions("labml_nn/diffusion/ddpm/unet.py", "AttentionBlock.forward", torch=torch, Optional=Optional).forward
+
+
+def flash_attention_reference(q, k, v, window=None):
+    """What its kernels are tested against: no bound on the right is -1, which is added as a number where there is one on the left."""
+    sides = tuple(-1 if side is None else side for side in window or (None, None))
+    return _flash_attention_reference()(*(x.transpose(1, 2) for x in (q, k, v)), window_size=sides)[0].transpose(1, 2)
+
+
+@functools.cache
+def _flash_attention_reference() -> Callable[..., Any]:
+    import einops
+    import torch
+
+    given = {"math": math, "torch": torch, "rearrange": einops.rearrange, "repeat": einops.repeat}
+    return peer_sources.functions("hopper/test_util.py", "attention_ref", "construct_local_mask", **given).attention_ref
+
+
+def _something(q: Any, k: Any) -> None:
+    if 0 in (*q.shape, *k.shape):
+        raise NotImplementedError("nothing to compute")
+
+
 def drawn(heads: int, kv_heads: int, d: int, **others: np.ndarray) -> dict[str, np.ndarray]:
     """Operands of one sequence of nine."""
     rng = np.random.default_rng(0)
     return {n: rng.standard_normal((1, h, 9, d)).astype(np.float32) for n, h in (("q", heads), ("k", kv_heads), ("v", kv_heads))} | others
+
+
+def in_bfloat16(operands: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: x.astype(ml_dtypes.bfloat16) for name, x in operands.items()}
 
 
 # ---- what each is right about --------------------------------------------------------------------------------------------------------
@@ -327,7 +436,16 @@ DEFECTS: dict[str, Defect] = {
         gpt_oss_sinks,
         ("torch", "transformers"),
         "transformers.models.gpt_oss eager_attention_forward",
-        check={**TORCH, "dtype": "bfloat16"},
+        "N4",
+        {**TORCH, "dtype": "bfloat16", "inputs": in_bfloat16(drawn(4, 2, 16, sinks=np.array([6.3, 6.5, 6.7, 7.2])))},
+        right_check={**TORCH, "dtype": "bfloat16", "profile": "eager"},
+    ),
+    "transformers: scores stored in bfloat16": Defect(
+        gemma2_scores,
+        ("torch", "transformers"),
+        "transformers.models.gemma2 eager_attention_forward",
+        "N2",
+        {**TORCH, "dtype": "bfloat16"},
         right_check={**TORCH, "dtype": "bfloat16", "profile": "eager"},
     ),
     "transformers: sliding_window counts the query": Defect(
@@ -361,5 +479,55 @@ DEFECTS: dict[str, Defect] = {
         "P1",
         check={**TORCH, "inputs": drawn(6, 6, 8, bias=alibi(6, 9, 9)[None])},
         right_check={**TORCH, "inputs": drawn(8, 8, 8, bias=alibi(8, 9, 9)[None])},
+    ),
+    "keras: Attention without a scale": Defect(
+        keras_attention,
+        ("torch", "keras"),
+        "keras.layers.Attention",
+        "S1",
+        TORCH,
+        right=lambda q, k, v: keras_attention(*(x[:, None] for x in (q, k, v)))[:, 0],
+        right_variant="luong_dot",
+    ),
+    "keras: is_causal aligned with the first key": Defect(
+        keras_is_causal,
+        ("torch", "keras"),
+        "keras.ops.dot_product_attention",
+        "M1",
+        TORCH,
+        right_check={**TORCH, "causal": "top_left"},
+    ),
+    "keras: mean of the values where no key is seen": Defect(
+        keras_hidden_rows,
+        ("torch", "keras"),
+        "keras.ops.dot_product_attention, mask",
+        "M13",
+        TORCH,
+        right_check={**TORCH, "empty_rows": "uniform"},
+    ),
+    "keras: sliding_window counts the query": Defect(
+        keras_sliding_window,
+        ("torch", "keras"),
+        "keras.layers.GroupQueryAttention",
+        "W1",
+        {**TORCH, "window": (5, 0), "inputs": drawn(4, 2, 16)},
+        right=wider(keras_sliding_window),
+    ),
+    "labml: softmax over the queries": Defect(
+        labml_attention_block,
+        ("torch",),
+        "labmlai/annotated_deep_learning_paper_implementations#146",
+        "S10",
+        TORCH,
+        right=lambda q, k, v: labml_attention_block(*(x[:, None] for x in (q, k, v)))[:, 0],
+        right_variant="article_sdpa",
+    ),
+    "flash-attention: its reference's windows without a right bound": Defect(
+        flash_attention_reference,
+        ("torch", "einops"),
+        "hopper/test_util.py, construct_local_mask",
+        "W2",
+        {**TORCH, "window": (1, None)},
+        right_check={**TORCH, "window": (1, 2)},
     ),
 }

@@ -1,9 +1,10 @@
 """Reference code of packages that must not be installed beside the others: they lie in `.peers`, off the path, and are loaded file by file.
 
-    MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-deps --no-build-isolation --target .peers -r tests/peers.txt
+    export MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE
+    pip install --no-deps --no-build-isolation --target .peers -r tests/peers.txt
 
-mamba-ssm comes as source, whose GPU kernels are left out.  transformers, for one, hands its reference functions over to flash-linear-attention's
-GPU kernels as soon as that can be imported.
+flash-attn and mamba-ssm come as source, whose GPU kernels are left out.  transformers, for one, hands its reference functions over to
+flash-linear-attention's GPU kernels as soon as that can be imported.
 """
 
 import ast
@@ -11,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -47,12 +49,20 @@ def fla(operation: str, file: str = "naive") -> ModuleType:
 
 
 def functions(file: str, *names: str, **given: Any) -> SimpleNamespace:
-    """Functions and methods of a file of `.peers` that cannot be imported here, alone, without decorators, with `given` for all they refer to."""
+    """Functions and methods of a file of `.peers` that cannot be imported here, alone, without decorators, with `given` for all they refer to.
+
+    A method whose name is that of others too is asked for by its class: ``"AttentionBlock.forward"``, and is ``forward`` of what is returned.
+    """
     path = ROOT / file
     assert path.exists(), f"{path} is missing: {INSTALL}"
-    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef) and node.name in names]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # escapes in strings of others
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+    methods = {f"{c.name}.{node.name}": node for c in nodes if isinstance(c, ast.ClassDef) for node in c.body if isinstance(node, ast.FunctionDef)}
+    found = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name in names]
+    found += [methods[name] for name in names if name in methods]
     for node in found:
         node.decorator_list = []
-    scope = dict(given)
+    scope, names = dict(given), tuple(name.rpartition(".")[2] for name in names)
     exec(compile(ast.Module(list(found), []), path, "exec"), scope)
     return SimpleNamespace(**{name: scope[name] for name in names})

@@ -3,6 +3,7 @@
 import math
 from dataclasses import fields
 
+import ml_dtypes
 import numpy as np
 import planted
 import planted_backward
@@ -208,6 +209,35 @@ def test_what_was_kept_of_an_earlier_call_is_read_instead():
     for name, mixed in (("k", {**two, "k": one["k"]}), ("causal", {**two, "causal": True})):
         answers = mutants.evaluate(now, {"remembered": name}, earlier=earlier).outputs
         assert_array_equal(answers["out"], mutants.evaluate(bind(SOFTMAX, (), mixed), {}).outputs["out"])
+
+
+def test_no_bound_on_the_right_may_be_read_as_minus_one():
+    x = {"q": np.zeros((1, 1, 4, 1)), "k": np.zeros((1, 1, 4, 1)), "v": np.eye(4)[None, None]}  # weights are the output
+
+    def seen(**params):
+        out = mutants.evaluate(bind(SOFTMAX, (), {**x, **params}), {"window_right": "-1 where open"}).outputs["out"]
+        return [np.flatnonzero(row).tolist() for row in out[0, 0]]
+
+    assert seen(window=(1, None)) == [[], [0], [1], [2]]
+    assert seen(window=(1, None), causal=True) == seen(window=(1, 0)) == [[0], [0, 1], [1, 2], [2, 3]]
+    assert seen(window=(None, None)) == seen() == [[0, 1, 2, 3]] * 4
+
+
+def test_arrays_are_stored_one_by_one():
+    rng = np.random.default_rng(0)
+
+    def stored(x):
+        return x.astype(ml_dtypes.bfloat16).astype(np.float64)
+
+    q, k, v, bias, sinks = (stored(rng.normal(size=n)) for n in ((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 3), (1, 2, 5, 7), (2,)))
+    problem = bind(SOFTMAX, (), {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks, "scale": 0.37})
+    scores = stored(stored(stored(q @ k.swapaxes(2, 3)) * 0.37) + bias)
+    joined = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (1, 2, 5, 1))], 3)
+    distance = joined - joined.max(3, keepdims=True)
+    for changes, before in (({}, distance), ({"distance_format": "bfloat16"}, stored(distance))):
+        weights = np.exp(before) / np.exp(before).sum(3, keepdims=True)
+        out = mutants.evaluate(problem, {"arrays_format": "bfloat16", **changes}).outputs["out"]
+        assert_array_equal(out, stored(weights)[..., :-1] @ v)
 
 
 def test_a_tolerance_is_wider_where_more_elements_are_judged_and_never_zero():

@@ -177,13 +177,14 @@ def _of_another_function(found: Evaluation, score_error: np.ndarray, profile: Pr
 def _profile(reading: Reading, profile: Profile) -> Profile:
     """The profile with what a reading rounds besides: its roundings are made, but another order of the same ones may come out otherwise."""
     changed = {
-        "scores": reading.scores_format,
+        "scores": reading.scores_format or reading.arrays_format,
         "operands": reading.products_format,
-        "probabilities": reading.weights_format,
+        "probabilities": reading.weights_format or reading.arrays_format,
     }
-    units = {name: max(getattr(profile, name), precision.format_of(form).unit) for name, form in changed.items() if form}
-    if reading.weights_format:
-        units["smallest_probability"] = max(profile.smallest_probability, precision.format_of(reading.weights_format).tiny)
+    # two numbers that lie apart by less than a place, on both sides of a tie, are rounded a whole place apart: two unit roundoffs
+    units = {name: max(getattr(profile, name), 2 * precision.format_of(form).unit) for name, form in changed.items() if form}
+    if changed["probabilities"]:
+        units["smallest_probability"] = max(profile.smallest_probability, precision.format_of(changed["probabilities"]).tiny)
     return replace(profile, **units) if units else profile
 
 

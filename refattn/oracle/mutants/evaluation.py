@@ -237,16 +237,17 @@ def score(problem: Problem, plan: Plan, reading: Reading, rows: Rows) -> Scores:
     fill = plan.fill if reading.hidden == "skipped" else reading.fill
     if reading.bias == "before the scale":
         bias = bias * factor
-    plain = raw * factor + _shift(problem, plan, reading)
-    s = plain + bias if reading.bias == "before the cap" else plain
+    stored = functools.partial(rounded, name=reading.arrays_format)
+    plain = stored(stored(raw) * factor) + _shift(problem, plan, reading)
+    s = stored(plain + bias) if reading.bias == "before the cap" else plain
     if reading.mask == "added" and plan.mask in problem.given and reading.hidden_first:
         s = s + operand_mask(problem, plan, reading)
     if reading.hidden_first and reading.hidden in ("multiplied", "added"):
         s = s * seen if reading.hidden == "multiplied" else s + seen
     if reading.hidden == "before the cap":
         s = np.where(seen, s, -np.inf)
-    s = capped(reading, plan, s, factor)
-    s = s if reading.bias == "before the cap" else s + bias
+    s = stored(capped(reading, plan, s, factor))
+    s = s if reading.bias == "before the cap" else stored(s + bias)
     if reading.mask == "added" and plan.mask in problem.given and not reading.hidden_first:
         s = s + operand_mask(problem, plan, reading)
     if not reading.hidden_first and reading.hidden in ("multiplied", "added"):
@@ -357,7 +358,8 @@ def capped(reading: Reading, plan: Plan, s: np.ndarray, factor: float) -> np.nda
         return s * np.tanh(s / cap)
     if reading.cap == "clipped":
         return np.clip(s, -cap, cap)
-    return (1.0 if reading.cap == "not multiplied" else cap) * np.tanh(s / cap)
+    curve = rounded(np.tanh(rounded(s / cap, reading.arrays_format)), reading.arrays_format)
+    return (1.0 if reading.cap == "not multiplied" else cap) * curve
 
 
 def _four(x: np.ndarray) -> np.ndarray:
@@ -417,11 +419,12 @@ def visible(problem: Problem, plan: Plan, reading: Reading) -> np.ndarray:
 def in_sight(problem: Problem, plan: Plan, reading: Reading) -> np.ndarray:
     """Which pairs alignment and window leave, (T, S)."""
     n_q, n_k = problem.dims["T"], problem.dims.get("S", problem.dims["T"])
-    masked = plan.mask in problem.given
+    lost = "" if plan.mask in problem.given else reading.lost_without_mask
     given = problem.params.get("causal", False)
     if given:
-        others = {"bottom right": True, "never": False, "with a mask": given if masked else False}
+        others = {"bottom right": True, "never": False}
         causal = "top_left" if reading.causal.startswith("top left") else others.get(reading.causal, given)
+        causal = False if "causal" in lost else causal
     else:
         causal = reading.causal == "always"
     offset = 0 if causal == "top_left" else n_k - n_q
@@ -438,10 +441,12 @@ def in_sight(problem: Problem, plan: Plan, reading: Reading) -> np.ndarray:
     if reading.causal == "also top left":
         seen = seen & (ahead <= 0)
     window = problem.params.get("window")
-    if window is None or reading.window == "never" or (reading.window == "with a mask" and not masked):
+    if window is None or reading.window == "never" or "window" in lost:
         return seen
     left, right = reversed(window) if reading.window == "exchanged" else window
     right = {"open": None, "closed": 0}.get(reading.window_right, right)
+    if reading.window_right == "-1 where open" and right is None and left is not None and not causal:
+        right = -1
     if not reading.causal_window:
         offset = 0 if given == "top_left" else n_k - n_q
     offset = 0 if reading.window == "top left" else offset
@@ -587,6 +592,8 @@ def _softmax(problem: Problem, plan: Plan, reading: Reading, rows: Rows, scores:
     s, working = scores.s, working_format(problem)
     full = (*s.shape[:3], 1)
     top, total = np.full(full, reading.start), np.zeros(full)
+    if reading.distance_format and plan.sinks in problem.given and reading.sink != "dropped":
+        top = np.maximum(top, sinks_of(problem, plan, reading))
     p, acc, moved = np.zeros(s.shape), np.zeros((*s.shape[:3], rows.v.shape[3])), 0.0
     lane = -precision.format_of(working).largest if reading.padding == "least" else 0.0
     n_tiles, on_lanes = 0, np.zeros(full)
@@ -597,7 +604,8 @@ def _softmax(problem: Problem, plan: Plan, reading: Reading, rows: Rows, scores:
         new = np.maximum(new, lane) if padded else new
         new = new if reading.maximum else np.zeros_like(new)
         base = np.where(np.isneginf(new), 0.0, new) if reading.guarded else new
-        weight, shrink = _power(reading, here - base, working), _power(reading, top - base, working) if reading.maximum else np.ones_like(new)
+        weight = _power(reading, rounded(here - base, reading.distance_format), working)
+        shrink = _power(reading, top - base, working) if reading.maximum else np.ones_like(new)
         fresh = in_range(weight.sum(-1, keepdims=True) + (padded * _power(reading, lane - base, working) if padded else 0.0), working)
         weight = rounded(weight, reading.weights_format)
         total = (total if reading.rescaled in ("accumulator", "neither") else shrink * total) + fresh
@@ -617,6 +625,12 @@ def _softmax(problem: Problem, plan: Plan, reading: Reading, rows: Rows, scores:
     before = top
     top, total, p = _with_sink(problem, plan, reading, top, total, p, n_tiles, scores.scale, working)
     found = _divided(problem, reading, top, total, p)
+    if reading.arrays_format:
+        found = replace(found, p=rounded(found.p, reading.arrays_format))
+    if reading.distance_format:  # whose last place is another one where the arithmetic before it ends beyond a tie
+        moves = 2 * precision.format_of(reading.distance_format).unit * found.p * np.where(found.p > 0, np.abs(s - top), 0.0)
+        of_values = moves @ np.abs(np.where(np.isfinite(rows.v), rows.v, 0.0))
+        found = replace(found, slack=of_values, lse_slack=float(moves.sum(-1).max(initial=0.0)))
     if reading.padding_value:
         of_lanes = on_lanes * np.exp(before - np.where(np.isneginf(top), 0.0, top)) / np.where(total > 0, total, 1.0) * reading.padding_value
         return replace(found, out=weighted(found.p, scores.seen, rows.v, reading) + of_lanes)
@@ -687,7 +701,7 @@ def _with_sink(  # noqa: PLR0911
     base = np.where(np.isneginf(new), 0.0, new)
     two = reading.base == "2"
     shrink = np.exp2(top - base) if two else np.exp(top - base)
-    of_sink = np.exp2(sink - base) if two else np.exp(sink - base)
+    of_sink = np.exp2(sink - base) if two else np.exp(rounded(sink - base, reading.distance_format))
     return new, shrink * total + (steps if reading.sink == "in every tile" else 1) * of_sink, shrink * p
 
 

@@ -40,6 +40,7 @@ class Reading:
     parts: str = "queries first"  #: of a concatenated map: "keys first"
     norms: str = "both"  #: of a cosine: "queries", "keys", "none"
     form: str = "given"  #: the matrix of a bilinear form: "identity", "transposed" where it is square
+    arrays_format: str = ""  #: in which every array on the way is stored: products, scores after each step, weights
     products_format: str = ""  #: in which products are summed, channel by channel
     scale: str = "given"  #: what q . k is multiplied by: see `evaluation.scale`
     scale_factor: float = 1.0
@@ -51,16 +52,17 @@ class Reading:
     bias: str = "given"
     bias_factor: float = 1.0
     # ---- visible pairs
-    causal: str = "given"  #: "bottom right", "top left", "top left but for the last query", "also top left", "never", "always", "with a mask"
+    causal: str = "given"  #: "bottom right", "top left", "top left but for the last query", "also top left", "never", "always"
     causal_window: bool = True  #: whether a window moves with the alignment
     causal_multiple: int = 1  #: the number of keys seen is rounded down to a multiple of it
     causal_least: int = 0  #: but not below
     causal_offset: int = 0  #: so many keys more of the future
-    window: str = "given"  #: "never", "with a mask", "exchanged", "top left"
+    window: str = "given"  #: "never", "exchanged", "top left"
     window_edge: int = 0  #: tiles of so many keys are skipped where the window begins inside them
-    window_right: str = "given"  #: "open", "closed"
+    window_right: str = "given"  #: "open", "closed", "-1 where open"
     window_left_offset: int = 0
     window_right_offset: int = 0
+    lost_without_mask: str = ""  #: what hides nothing unless there is a mask: "causal", "window", "causal, window"
     mask: str = "given"  #: "never", "inverted", "added"; or that of "batch 0", "head 0", "key-value head", "heads tiled", "transposed"
     #: what is done about a hidden score: "filled" with `fill`, "before the cap", "multiplied" by 0, "added" as 0 and 1,
     #: "filled by each" mask that hides it
@@ -81,6 +83,7 @@ class Reading:
     maximum: bool = True  #: whether it is subtracted
     guarded: bool = True  #: whether -inf less -inf is caught
     rescaled: str = "both"  #: what shrinks when the maximum grows: "sum", "accumulator", "neither"
+    distance_format: str = ""  #: in which scores less the maximum, that of keys and sink, are stored
     base: str = "e"  #: "2": exp2 without log2(e); "2 keys": of keys only, sinks with e; "e log2": log2(e) twice
     neighbour: bool = False  #: the sum of every other row includes the next one's
     weights_format: str = ""

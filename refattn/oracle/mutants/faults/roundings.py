@@ -25,12 +25,18 @@ MUTANTS = [
     *mutants(
         "N2", "scores stored in float16", "Scores go through float16 before the softmax.",
         "s in float32", "s in float16",
-        {"scores_format": "float16"}, needs="softmax", prior=0.5,
+        {"scores_format": "float16"}, {"arrays_format": "float16"}, needs="softmax", prior=0.5,
     ),
     *mutants(
         "N2", "scores stored in bfloat16", "Scores go through bfloat16 before the softmax.",
         "s in float32", "s in bfloat16",
-        {"scores_format": "bfloat16"}, needs="softmax", prior=0.5,
+        {"scores_format": "bfloat16"}, {"arrays_format": "bfloat16"}, needs="softmax", prior=0.5,
+    ),
+    *mutants(
+        "N4", "softmax in a narrow format", "Scores less the maximum, and weights, are stored in float16 or bfloat16, as the scores are.",
+        "s - m, p in float32", "s - m, p in float16 or bfloat16",
+        *({"arrays_format": form, "distance_format": form} for form in ("bfloat16", "float16")),
+        evidence="transformers, eager attention of gpt_oss and deepseek_v4", needs="softmax", prior=0.3,
     ),
     *mutants(
         "N4", "sums gathered in a narrow format", "Sum and output are kept in float16 or bfloat16 from tile to tile.",

@@ -42,7 +42,7 @@ MUTANTS = [
     *mutants(
         "M3", "causal mask dropped", "Every query sees the future.",
         _CAUSAL, "every j",
-        {"causal": "never"}, {"causal": "with a mask"}, evidence="MLX 00794c42", needs="causal", prior=2,
+        {"causal": "never"}, {"lost_without_mask": "causal"}, evidence="MLX 00794c42", needs="causal", prior=2,
     ),
     *mutants(
         "M3", "always causal", "Keys of the future are hidden although nothing asks for it.",
@@ -89,7 +89,7 @@ MUTANTS = [
     *mutants(
         "M10", "window needs a mask", "Without a mask operand the window, or all hiding, is skipped.",
         _WINDOW, "every j where no mask is given",
-        {"window": "with a mask"}, {"window": "with a mask", "causal": "with a mask"}, evidence="jax 099f0a17", needs="hidden pairs",
+        {"lost_without_mask": "window"}, {"lost_without_mask": "causal, window"}, evidence="jax 099f0a17", needs="hidden pairs",
     ),
     *mutants(
         "M12", "NaN on a row that sees nothing", "A row without a visible key divides zero by zero.",
@@ -178,6 +178,12 @@ MUTANTS = [
         "W2", "right side of the window closed", "The window hides every key of the future.",
         _WINDOW, "i + S - T - left <= j <= i + S - T",
         {"window_right": "closed"}, needs="window",
+    ),
+    *mutants(
+        "W2", "open right side of the window taken for -1",
+        "The number that stands for no bound is added as one, so that a query sees earlier keys only.",
+        "i + S - T - left <= j", "i + S - T - left <= j <= i + S - T - 1",
+        {"window_right": "-1 where open"}, evidence="FlashAttention hopper/test_util.py (reference)", needs="window",
     ),
     *mutants(
         "W3", "sides of the window exchanged", "Left and right change places.",
