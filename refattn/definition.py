@@ -34,8 +34,13 @@ def run(problem: Problem, arrays: Arrays | None = None) -> dict[str, np.ndarray]
     """
     if problem.sequences is not None:
         return joined(problem, (run(one) for one in split(problem)))
-    tiny = flops(problem) <= PLAIN_PYTHON_FLOPS
-    return runner(problem, problem.variant.define if tiny else compiled(problem.variant))(problem.arrays if arrays is None else arrays)
+    arrays = problem.arrays if arrays is None else arrays
+    if flops(problem) <= PLAIN_PYTHON_FLOPS:
+        try:
+            return runner(problem, problem.variant.define)(arrays)
+        except ArithmeticError:  # Python's exp raises where compiled code is infinite
+            pass
+    return runner(problem, compiled(problem.variant))(arrays)
 
 
 def runner(problem: Problem, define: Callable[..., Any], repeated: bool = False) -> Callable[[Arrays], dict[str, np.ndarray]]:

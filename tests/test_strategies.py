@@ -23,13 +23,20 @@ def within_format(drawn, outputs):
     return all(np.all(~np.isfinite(x) | (np.abs(x) <= largest)) for x in outputs)
 
 
-#: Those whose tolerance holds for extreme operands.  Elsewhere these overflow a state, or cancel, on the way to outputs that the format holds, which
-#: the tolerances of recurrences and of definitions alone do not say yet.
-SCORED = [name for name in catalog.names() if catalog.variant(name).plan is not None]
+#: A divisor that cancels to less than its own rounding is not known to be undecidable yet.
+NOT_YET = ("mlstm", "random_fourier")
+
+#: Without the kernels whose tolerance is measured by how their definition answers to perturbed operands: what leaves the format on the way, and comes
+#: back, does not show there.
+JUDGED = [
+    name
+    for name, variant in ((name, catalog.variant(name)) for name in catalog.names() if name not in NOT_YET)
+    if variant.plan is not None or variant.recurrence is not None or len(backends.of(variant)) == 1
+]
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("name", SCORED)
+@pytest.mark.parametrize("name", JUDGED)
 @MANY
 @given(data=st.data())
 def test_every_variant_takes_them_and_its_backends_agree(name, data):
@@ -39,14 +46,16 @@ def test_every_variant_takes_them_and_its_backends_agree(name, data):
     wide = {n: x if x.dtype == np.bool_ else x.astype(np.float64) for n, x in drawn.operands.items()}
     exact = ra.attend(name, **{**drawn.keywords, **wide}, backend="definition", returns=returns)
     assume(within_format(drawn, exact if len(returns) > 1 else (exact,)))
+    asked = tuple(n for n in returns if n not in ("weights", "scores"))
     for backend in backends.of(catalog.variant(name)):
-        asked = returns if backend == "definition" else tuple(n for n in returns if n not in ("weights", "scores"))
+        named = returns if backend == "definition" else asked
         try:
-            found = ra.attend(name, **drawn.keywords, backend=backend, returns=asked)
+            with np.errstate(all="ignore"):
+                found = ra.attend(name, **drawn.keywords, backend=backend, returns=named)
         except ra.BackendUnavailableError:  # the engine says which calls it leaves to the definition
             assert backend == "cpu"
             continue
-        report = ra.compare(found, name, **drawn.keywords, returns=asked)
+        report = ra.compare(found, name, **drawn.keywords, returns=named)
         assert not report.failures, f"{drawn!r} by {backend}\n{report}"
     assert before == {n: x.tobytes() for n, x in drawn.operands.items()}
 

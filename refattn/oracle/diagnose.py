@@ -333,7 +333,7 @@ class Search:
         rounding = float(np.sqrt(np.mean(right[both] ** 2))) * precision.format_of(answer.dtype).unit
         too_exact = its / (_CHANCE * max(off, rounding, 1e-300))
         failing = question.case.ratios[name].reshape(wrong.shape)[both] > 1
-        return max(too_exact, left / off) if failing.any() else too_exact
+        return max(too_exact, left / max(off, 1e-300)) if failing.any() else too_exact
 
     def refuting(self, hypothesis: Hypothesis, among: Sequence[Question] | None = None) -> Question | None:
         """A call the hypothesis does not explain; None: it explains all.  What refutes one hypothesis is asked first of the next."""

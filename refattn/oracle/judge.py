@@ -160,7 +160,8 @@ def held_against(
     for name, got in outputs.items():
         stored = output_dtype(problem, name) if name in own else problem.given[name[2:]].dtype
         actual = got.astype(np.float64)
-        ratios[name] = np.where(_overflowed(actual, truth[name], tolerance[name], stored), 0.0, ratio(actual, truth[name], tolerance[name]))
+        excused = _overflowed(actual, truth[name], tolerance[name], stored) | np.isinf(tolerance[name])  # infinite: no answer is wrong, NaN included
+        ratios[name] = np.where(excused, 0.0, ratio(actual, truth[name], tolerance[name]))
         if not actual.size:
             continue
         at = np.unravel_index(int(np.argmax(ratios[name])), actual.shape)

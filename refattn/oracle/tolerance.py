@@ -46,7 +46,8 @@ def tolerances(
     Returns
     -------
     dict of str to ndarray
-        float64, in the shape of each output (BHTD) or operand, positive everywhere.
+        float64, in the shape of each output (BHTD) or operand, positive everywhere; infinite where no answer is wrong, because numbers on the way
+        may exceed the largest of their format.
     """
     gradients = backward.values if backward is not None else {}
     lam = spread(sum(truth[name].size for name in problem.returns) + sum(x.size for x in gradients.values()), alpha)
@@ -72,6 +73,8 @@ def _with_spread(
             found |= derivatives.joined(problem, gradients)
         return found
     exact = {name: truth[name] for name in problem.returns} | dict(backward.values if backward is not None else {})
+    if not any(x.size for x in exact.values()):
+        return {name: np.zeros(x.shape) for name, x in exact.items()}
     with np.errstate(all="ignore"):  # a bound that overflows is infinite, and a hidden NaN is left out below
         bounds = _bounds(problem, truth, profile, lam, backward)
     own = 1.0 + 2.0**-53 / profile.accumulate  # our answer is float64's, with the errors of that
@@ -95,7 +98,7 @@ def _bounds(
         if backward is not None and applies(problem, backward.cotangents):
             return {**found, **Backward(scored, backward.cotangents).bounds()}
     elif problem.recurrence is not None:
-        found = recurrent(problem, profile, lam)
+        found = recurrent(problem, truth, profile, lam)
         if not found.keys() >= set(problem.returns):  # an output that no recurrence has
             found = {**perturbed(problem, truth, profile, lam), **found}
     else:
@@ -110,5 +113,5 @@ def _stored(bound: np.ndarray, exact: np.ndarray, dtype: np.dtype) -> np.ndarray
     """Error after the result is rounded into its format."""
     target = precision.format_of(dtype)
     magnitude = np.where(np.isfinite(exact), np.abs(exact), 0.0)
-    bound = np.where(np.isnan(bound), np.inf, bound)
+    bound = np.where(np.isnan(bound), np.where(np.isfinite(exact), np.inf, 0.0), bound)  # of what is no number, nothing is allowed to differ
     return bound + target.unit * (magnitude + bound) + target.tiny

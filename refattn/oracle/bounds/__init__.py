@@ -2,6 +2,7 @@
 
     scored      weights of scores, through a plan: the sharp bounds
     recurrent   states written and read token by token, through a recurrence
+    extremes    what these lose where numbers on the way leave their format, and where nothing is decided
     perturbed   anything, by how its definition answers to operands perturbed by a unit roundoff
 
 A `Bound` has two versions, and whoever uses it takes the smaller, element by element.

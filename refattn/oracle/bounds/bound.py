@@ -19,6 +19,13 @@ def gamma(k: Any, u: float) -> Any:
     return np.where(k * u < 1, k * u / np.maximum(1 - k * u, u), np.inf)
 
 
+def distance(x: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """How far an answer is from the exact one: infinitely where it is no number, and not at all where that is none."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        off = np.abs(x - exact)
+    return np.where(np.isfinite(exact), np.where(np.isnan(off), np.inf, off), 0.0)
+
+
 @dataclass(frozen=True)
 class Bound:
     """Largest error, worst case and statistically.  Arrays or numbers that broadcast."""

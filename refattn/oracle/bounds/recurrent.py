@@ -17,7 +17,7 @@ sums: unit roundoffs times what has been added up since the chunk began, which m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from ...problem import Problem
 from ..profiles import Profile
 from ..recurrences.lowered import Lowering, Moved, released
 from ..recurrences.running import Form, Prepared, Result, Rounding, prepared, run, worst
+from .bound import distance
+from .extremes import Elsewhere, extremes, of_numbers
 
 #: Runs with roundings, of each kind; fewer where those would update more entries of states than so many.
 _DRAWS, _FEWEST, _WORK = 9, 4, 200_000_000
@@ -37,17 +39,26 @@ OUTPUTS = ("out", "state", "mass", "maximum")
 Draw = Callable[[Moved | None], Prepared]
 
 
-def recurrent(problem: Problem, profile: Profile, lam: float) -> dict[str, np.ndarray]:
+def recurrent(problem: Problem, truth: Mapping[str, np.ndarray], profile: Profile, lam: float) -> dict[str, np.ndarray]:
     """Largest error of every output of a variant that has a recurrence."""
-    rule = problem.recurrence
+    rule, units = problem.recurrence, rounding(profile)
     assert rule is not None
 
     def draw(moved: Moved | None) -> Prepared:
         return prepared(Lowering(problem, rule, moved=moved).lowered())
 
     exact = run(draw(None), Form())
-    errors = bounds(draw, Form(), exact, profile, lam, any(_mapped(problem)))
-    return outputs(problem, errors)
+    mapped = any(_mapped(problem))
+    errors = bounds(draw, Form(), exact, profile, lam, mapped)
+    left = {name: lam * x for name, x in outputs(problem, extremes(problem, rule, units, exact)).items()}
+    right, others = outputs(problem, exact), [truth]  # the definition's sums are in an order of their own
+    if mapped:
+        others.append(outputs(problem, run(prepared(Elsewhere(problem, rule, units).lowered()), Form())))
+    numbers = of_numbers(problem)  # else it may be right that one answer is none
+    for other in others:
+        for name, x in right.items():
+            left[name] = left[name] + distance(x, other[name]) + (distance(other[name], x) if numbers else 0.0)
+    return {name: x + left[name] for name, x in outputs(problem, errors).items()}
 
 
 def outputs(problem: Problem, result: Result) -> dict[str, np.ndarray]:
@@ -110,18 +121,17 @@ def bounds(draw: Draw, form: Form, exact: Result, profile: Profile, lam: float, 
     draws = 1 if rough else max(_FEWEST, min(_DRAWS, _WORK // max(work, 1)))
     rng = np.random.default_rng(0)
     moved = Moved(rng, made.sums + made.operands, made.function + 4 * made.sums) if mapped else None
-    squares: dict[str, np.ndarray] = {}
+    roots: dict[str, np.ndarray] = {}  # of mean squares; squares themselves may leave float64
     for kind in kinds:
         own: dict[str, np.ndarray] = {}
         for m in range(draws):
             found = run(plain if moved is None else draw(moved), form, made, kind[0] * draws + m + 1, *kind)
             for name in OUTPUTS:
                 if (x := getattr(found, name)) is not None:
-                    with np.errstate(all="ignore"):
-                        off = np.nan_to_num((x - getattr(exact, name)) / larger, nan=0.0, posinf=0.0, neginf=0.0) ** 2 / draws
-                    own[name] = own[name] + off if name in own else off
-        squares = {name: np.maximum(x, squares[name]) if name in squares else x for name, x in own.items()}
-    likely = {name: lam * (_pooled(x) + 2 * units.sums * np.abs(np.nan_to_num(getattr(exact, name)))) for name, x in squares.items()}
+                    off = distance(x, getattr(exact, name)) / larger / np.sqrt(draws)
+                    own[name] = np.hypot(own[name], off) if name in own else off
+        roots = {name: np.maximum(x, roots[name]) if name in roots else x for name, x in own.items()}
+    likely = {name: lam * (_pooled(x) + 2 * units.sums * np.abs(np.nan_to_num(getattr(exact, name)))) for name, x in roots.items()}
     if not _right(form) or rough:
         return Result(likely["out"], likely["state"], likely.get("mass"), likely.get("maximum"))
     most = worst(plain, form, units, exact)
@@ -132,12 +142,15 @@ def bounds(draw: Draw, form: Form, exact: Result, profile: Profile, lam: float, 
     return Result(least["out"], least["state"], least.get("mass"), least.get("maximum"))
 
 
-def _pooled(squares: np.ndarray) -> np.ndarray:
+def _pooled(roots: np.ndarray) -> np.ndarray:
     """Root mean squares of few runs, none much smaller than those of the row's other channels: a mean of few may be small by chance."""
-    if squares.ndim < 4:
-        return np.sqrt(squares)
+    if roots.ndim < 4 or not roots.size:
+        return roots
+    known = np.where(np.isfinite(roots), roots, 0.0)
+    most = known.max(axis=-1, keepdims=True)
     with np.errstate(all="ignore"):
-        return np.sqrt(np.maximum(squares, 0.25 * squares.mean(axis=-1, keepdims=True)))
+        shares = np.where(most > 0.0, known / most, 0.0)
+    return np.maximum(roots, 0.5 * most * np.sqrt(np.mean(shares**2, axis=-1, keepdims=True)))
 
 
 def _repeats(p: Prepared, units: Rounding) -> bool:

@@ -198,7 +198,7 @@ def _finished(p: Prepared, read: np.ndarray, state: np.ndarray) -> Result:
     read = read[:, :, x.reads]
     mass = None
     if rule.normalizer:
-        divisor = _divisor(p, read[..., -1:])
+        divisor = divisor_of(p, read[..., -1:])
         mass, state = state[..., -1], state[..., :-1]
         with np.errstate(all="ignore"):
             read = np.where(divisor == 0.0, 0.0, read[..., :-1] / np.where(divisor == 0.0, 1.0, divisor))
@@ -207,7 +207,7 @@ def _finished(p: Prepared, read: np.ndarray, state: np.ndarray) -> Result:
     return Result(out, state, mass, None if p.maxima is None else p.maxima[..., -1])
 
 
-def _divisor(p: Prepared, mass: np.ndarray) -> np.ndarray:
+def divisor_of(p: Prepared, mass: np.ndarray) -> np.ndarray:
     rule = p.lowered.rule
     if rule.normalizer == "sum":
         return mass + rule.eps
@@ -572,7 +572,7 @@ def worst(p: Prepared, form: Form, rounding: Rounding, exact: Result) -> Result:
         value = exact.out if x.skip is None else exact.out - x.skip
         if rule.normalizer:
             plain = run_reads(p, form)
-            divisor = np.abs(_divisor(p, plain))
+            divisor = np.abs(divisor_of(p, plain))
             lost = read[..., -1:] + rounding.sums * divisor
             left = divisor - lost
             read = np.where(left > 0, (abs(rule.scale) * read[..., :-1] + np.abs(value) * lost) / left, np.inf)

@@ -22,7 +22,7 @@ def _parts(x, w, scale, eps, stabilizer):
     top, at = 0.0, np.zeros(projected.shape)
     if stabilizer != NONE:
         axes = (-1,) if stabilizer == TOKEN else (-2, -1)
-        top = np.max(projected, axis=axes, keepdims=True)
+        top = np.max(projected, axis=axes, keepdims=True, initial=-np.inf)  # there may be no tokens
         at = projected == top
         at = at / np.sum(at, axis=axes, keepdims=True)  # a tie is shared
     return scaled, np.exp(projected - np.sum(scaled * scaled, axis=-1, keepdims=True) / 2.0 - top), at
