@@ -448,3 +448,15 @@ def test_what_is_no_number_because_an_operand_is_none_stays_decided():
     operands["k"][:, :, 66] = operands["v"][:, :, 66] = np.nan
     exact, found = ra.attend("simple_gla", **operands), ra.tolerance("simple_gla", **operands).out
     assert np.isnan(exact[:, :, 66:]).all() and np.isfinite(found).all()
+
+
+def test_what_is_undecidable_may_be_anything_and_nothing_else_may():
+    """A running sum that leaves float32 and comes back, token by token."""
+    one = np.ones((1, 1, 3, 1), np.float32)
+    v = np.array([3e38, 3e38, -3e38], np.float32).reshape(1, 1, 3, 1)
+    call = {"q": one, "k": one, "v": v, "gate": np.zeros((1, 1, 3), np.float32), "scale": 1.0, "profile": "recurrent"}
+    assert np.isinf(ra.tolerance("simple_gla", **call).out.ravel()).tolist() == [False, True, True]
+    for last in (3e38, np.inf, np.nan):
+        assert ra.compare(np.array([3e38, np.inf, last], np.float32).reshape(v.shape), "simple_gla", **call).passed
+    for first in (2.9e38, np.inf, np.nan):
+        assert not ra.compare(np.array([first, np.inf, 3e38], np.float32).reshape(v.shape), "simple_gla", **call).passed
