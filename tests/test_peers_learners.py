@@ -254,6 +254,55 @@ def test_gated_slot_is_the_gsa_of_flash_linear_attention(decay):
     gradients_agree("gated_slot", operands, leaves, theirs)
 
 
+def cyfa_of_fla(*more, **given):
+    """Its recurrence and what that is made of, and the table of Fourier functions, from a file that needs Triton to be imported."""
+    checks = ("validate_num_slots", "validate_cyfa_inputs", "validate_initial_state", "prepare_cu_seqlens")
+    known = {"torch": torch, "CyFAState": tuple, **given}
+    shared = peer_sources.functions("fla/ops/cyfa/utils.py", *checks, "_readout_basis", "build_readout_table", **known)
+    names = ("_rotation_terms", "_rotate_atom", "_rotate_modal_pos", "_rotate_modal_neg", "naive_recurrent_cyfa", *more)
+    return peer_sources.functions("fla/ops/cyfa/naive.py", *names, **vars(shared), **known), shared.build_readout_table
+
+
+@decays
+@pytest.mark.parametrize("slots, started", [(1, 0.0), (3, 0.0), (7, 2.6)])
+def test_cyfa_is_the_recurrence_by_a_clock_of_flash_linear_attention(decay, slots, started):
+    """Whatever the clock has come to before the first token.  Keys and queries are given as it has them once they are normalised."""
+    peer, table = cyfa_of_fla(_rmsnorm_forward=lambda x, weight, eps: x)
+    operands = drawn("cyfa", decay=decay, Z=slots)
+    leaves = tensors(operands)
+    x = {name: grouped(leaf, 4) for name, leaf in leaves.items() if name != "readout"}
+    basis = table(torch.eye(slots)[None])[0]
+
+    def turned(held, clock, turn):
+        """Coefficients (B, H, Z + 1, width), column by column."""
+        return torch.stack([turn(clock, column, slots + 1) for column in held.unbind(dim=3)], dim=3)
+
+    before = torch.full((2, 4), started)
+    keys, values = (turned(basis.mT @ x["initial_slot_" + name], before, peer._rotate_modal_neg) for name in ("keys", "values"))
+    out, (keys, values, clock) = peer.naive_recurrent_cyfa(
+        *(swapped(x[name]) for name in ("q", "k", "v", "gate", "delta", "beta")),
+        *(leaves["readout"], None, None, 0.0, 0.0),
+        initial_state=(keys.mT, values, before),
+        output_final_state=True,
+    )
+    keys, values = (basis @ turned(held, clock, peer._rotate_modal_pos)[:, ::2] for held in (keys.mT, values))
+    theirs = {"out": swapped(out), "slot_keys": keys, "slot_values": values}
+    agrees("cyfa", operands, theirs)
+    gradients_agree("cyfa", operands, leaves, theirs)
+
+
+def test_cyfa_of_flash_linear_attention_normalises_keys_and_queries_first():
+    peer, _ = cyfa_of_fla("_rmsnorm_forward")
+    operands = drawn("cyfa", "initial_slot_keys", "initial_slot_values")
+    x = {name: swapped(grouped(leaf, 4)) for name, leaf in tensors(operands).items() if name != "readout"}
+    weight = np.array([1.0, 2.0, 0.5])
+    given = (*(x[name] for name in ("q", "k", "v", "gate", "delta", "beta")), torch.tensor(operands["readout"]))
+    out, _ = peer.naive_recurrent_cyfa(*given, *2 * [torch.tensor(weight)], 0.1, 0.1)
+    for name in ("q", "k"):
+        operands[name] = operands[name] / np.sqrt(np.mean(operands[name] ** 2, axis=-1, keepdims=True) + 0.1) * weight
+    agrees("cyfa", operands, {"out": swapped(out)})
+
+
 # ---- levels ------------------------------------------------------------------------------------------------------------------
 
 
