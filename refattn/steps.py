@@ -122,7 +122,7 @@ def _key(variant: Variant, state: Any, operands: Sequence[Any], returns: Any, la
         else:
             return None
     complete = len(arrays) + len(named) == len(state) + len(operands) + len(keywords)
-    return (variant.name, backend, *named, None, *arrays) if complete else None
+    return (variant, backend, *named, None, *arrays) if complete else None
 
 
 def _remember(key: Any, call: Problem, operands: Sequence[Any], keywords: Mapping[str, Any], state: Mapping[str, Any], backend: str) -> None:

@@ -26,7 +26,8 @@ import math
 
 import numpy as np
 
-from refattn.spec import Choice, Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
+from refattn.pieces.feature_maps import taylor2
+from refattn.spec import Choice, Cost, Example, Factor, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, initial_state_0, initial_state_1, initial_state_2, initial_mass_0, initial_mass_1, initial_mass_2, scale, eps, causal):
@@ -104,19 +105,15 @@ CARRIED = tuple(f"{part}_{order}" for part in ("state", "mass") for order in ran
 def reduction(dims, params):
     """Linear attention of the features, all orders side by side."""
     d, scale = dims["D"], params["scale"] or dims["D"] ** -0.5
-
-    def features(a):
-        scaled = scale**0.5 * a
-        products = (scaled[..., :, None] * scaled[..., None, :]).reshape(*a.shape[:-1], d * d) / 2.0**0.5
-        return np.concatenate([np.ones((*a.shape[:-1], 1)), scaled, products], axis=-1)
+    q, k = (Factor(name, taylor2, (scale,)) for name in "qk")
 
     def operands(x):
         heads = (dims["B"], dims["Hkv"])
         states = x["initial_state_0"][:, :, None], x["initial_state_1"], x["initial_state_2"].reshape(*heads, d * d, dims["E"])
         masses = x["initial_mass_0"][:, :, None], x["initial_mass_1"], x["initial_mass_2"].reshape(*heads, d * d)
         return {
-            "q": features(x["q"]),
-            "k": features(x["k"]),
+            "q": x["q"],
+            "k": x["k"],
             "v": x["v"],
             "initial_state": np.concatenate(states, axis=2),
             "initial_mass": np.concatenate(masses, axis=2),
@@ -135,8 +132,8 @@ def reduction(dims, params):
         }
 
     return Reduction(
-        Recurrence((Write(("k",), ("v",)),), normalizer="sum", eps=params["eps"], causal=params["causal"]),
-        {"q": "B Hq T N", "k": "B Hkv S N", "v": "B Hkv S E", "initial_state": "B Hkv N E", "initial_mass": "B Hkv N", "out": "B Hq T E"},
+        Recurrence((Write((k,), ("v",)),), query=(q,), normalizer="sum", eps=params["eps"], causal=params["causal"]),
+        {"q": "B Hq T D", "k": "B Hkv S D", "v": "B Hkv S E", "initial_state": "B Hkv N E", "initial_mass": "B Hkv N", "out": "B Hq T E"},
         operands,
         outputs,
     )

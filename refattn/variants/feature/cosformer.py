@@ -24,6 +24,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.feature_maps import cosine_reweight
 from refattn.spec import Choice, Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
@@ -87,9 +88,7 @@ def reduction(dims, params):
     length = params["length"] or longest(dims)
 
     def phi(a, first):
-        angles = np.pi / 2.0 * (first[:, None, None, None] + np.arange(1, a.shape[2] + 1)[:, None]) / length
-        positive = np.maximum(a, 0.0)
-        return np.concatenate([positive * np.cos(angles), positive * np.sin(angles)], axis=-1)
+        return cosine_reweight.features(a, first[:, None, None] + np.arange(1, a.shape[2] + 1), length)
 
     def operands(x):
         first = x["initial_position"]

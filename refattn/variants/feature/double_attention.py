@@ -18,7 +18,8 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Recurrence, Reduction, Variant, Write
+from refattn.pieces.feature_maps import softmax_features
+from refattn.spec import Cost, Example, Factor, Identity, Operand, Output, Paper, Recurrence, Reduction, Variant, Write
 
 
 def define(x, w_a, w_b, w_v, b_a, b_b, b_v, initial_state, initial_log_mass):
@@ -72,7 +73,7 @@ def define(x, w_a, w_b, w_v, b_a, b_b, b_v, initial_state, initial_log_mass):
 
 
 def reduction(dims, params):
-    """Linear attention without a denominator, of projections that have gone through their softmaxes."""
+    """Linear attention without a denominator, of projections that go through their softmaxes."""
 
     def maps(x):
         return x["x"] @ x["w_b"] + x["b_b"]
@@ -85,9 +86,8 @@ def reduction(dims, params):
         nothing = after == -np.inf
         after = np.where(nothing, 0.0, after)
         kept = np.where(nothing, 1.0, np.exp(x["initial_log_mass"] - after))
-        handed_out = x["x"] @ x["w_v"] + x["b_v"]
         return {
-            "q": np.exp(handed_out - np.logaddexp.accumulate(handed_out, axis=2)[..., -1:])[:, None],
+            "q": (x["x"] @ x["w_v"] + x["b_v"])[:, None],
             "k": np.exp(maps(x) - after[:, None])[:, None],
             "v": (x["x"] @ x["w_a"] + x["b_a"])[:, None],
             "initial_state": (kept[..., None] * x["initial_state"])[:, None],
@@ -97,7 +97,7 @@ def reduction(dims, params):
         return {"out": found["out"][:, 0], "state": found["state"][:, 0], "log_mass": log_mass(x)}
 
     return Reduction(
-        Recurrence((Write(("k",), ("v",)),), causal=False),
+        Recurrence((Write(("k",), ("v",)),), query=(Factor("q", softmax_features),), causal=False),
         {"q": "B Hq T D", "k": "B Hkv S D", "v": "B Hkv S E", "initial_state": "B Hkv D E", "out": "B Hq T E"},
         operands,
         outputs,

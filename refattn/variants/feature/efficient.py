@@ -22,7 +22,8 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
+from refattn.pieces.feature_maps import softmax_features
+from refattn.spec import Cost, Example, Factor, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, initial_state, initial_log_mass, scale):
@@ -67,7 +68,7 @@ def define(q, k, v, initial_state, initial_log_mass, scale):
 
 
 def reduction(dims, params):
-    """Linear attention without a denominator, of queries and keys that have gone through their softmaxes."""
+    """Linear attention without a denominator, of queries and keys that go through their softmaxes."""
 
     def log_mass(x):
         so_far = np.concatenate([x["initial_log_mass"][:, :, None], x["k"]], axis=2)
@@ -79,14 +80,14 @@ def reduction(dims, params):
         after = np.where(nothing, 0.0, after)
         kept = np.where(nothing, 1.0, np.exp(x["initial_log_mass"] - after))
         return {
-            "q": np.exp(x["q"] - np.logaddexp.accumulate(x["q"], axis=3)[..., -1:]),
+            "q": x["q"],
             "k": np.exp(x["k"] - after[:, :, None]),
             "v": x["v"],
             "initial_state": kept[..., None] * x["initial_state"],
         }
 
     return Reduction(
-        Recurrence((Write(("k",), ("v",)),), scale=params["scale"], causal=False),
+        Recurrence((Write(("k",), ("v",)),), query=(Factor("q", softmax_features),), scale=params["scale"], causal=False),
         {"q": "B Hq T D", "k": "B Hkv S D", "v": "B Hkv S E", "initial_state": "B Hkv D E", "out": "B Hq T E"},
         operands,
         lambda x, found: {**found, "log_mass": log_mass(x)},
