@@ -306,8 +306,9 @@ class Evaluation:
             q = np.concatenate([np.zeros_like(x.q[:, :, :n]), x.q], axis=2)
             b, w, e = (np.concatenate([y, np.zeros_like(y[:, :, :n])], axis=2) for y in (b, x.w, e))
             g = np.concatenate([g, np.zeros_like(g[:, :, :n])], axis=2)
+            u = None if u is None else np.concatenate([u, np.zeros_like(u[:, :, :n])], axis=2)
             gate = None if x.gate is None else np.concatenate([x.gate, np.full_like(x.gate[..., :n], -np.inf)], axis=-1)  # nothing is written there
-            return replace(x, q=q, b=b, w=w, e=e, g=g, gate=gate, reads=slice(x.reads.start + n, x.reads.stop + n))
+            return replace(x, q=q, b=b, w=w, e=e, g=g, u=u, gate=gate, reads=slice(x.reads.start + n, x.reads.stop + n))
         if reading.normalizer == "count":
             x = replace(x, rule=replace(x.rule, normalizer=""))
         return replace(x, g=g, b=b, e=e, u=u, state=state)
