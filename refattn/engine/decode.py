@@ -4,8 +4,9 @@ A task is a stretch of keys of one sequence and key-value head, for all rows of 
 Vectors run along the widths of keys and values, and along keys in between.  Stretches have one length whatever the number of threads,
 and are merged in order: so are the bits.
 
-Memory is read at its pace only if it never waits for arithmetic: rows are called for a fixed distance ahead, in the order of memory, in every
-loop that reads them.  A tile is long, so that there are few turns from keys to values.
+Memory is read at its pace only if it never waits for arithmetic: rows are called for ahead, in every loop that reads them.  A processor drops calls
+for which it has no room, and those into its first cache are the fewest it has room for; so every row is called into the second, three times, from
+far, half as far and a quarter.  A tile is long, so that there are few turns from keys to values.
 
     1. for every tile of keys: scores of every row; scale, soft-cap, bias, hidden keys to -inf; exponentials; values
     2. merge the stretches by their maxima and sums; the sink; lse
@@ -57,7 +58,8 @@ MAPPED_TILE = 64  # where a map may hide whole tiles
 PART = 32  # decoded keys, or values, that stay in the first-level cache
 SHORT = 8  # keys whose values are gathered for some channels before others
 ROWS = 4  # queries taken together
-MOST_AHEAD = 64  # keys called for before they are read
+AHEAD = 18432  # bytes called for before they are read, and
+MOST_AHEAD = 128  # keys
 
 
 class Space(NamedTuple):
@@ -121,17 +123,33 @@ def vector_of(r, x, wide, a):
 
 
 @njit(error_model="numpy", cache=True)
-def dot_products(keys, first, ahead, soon, n, queries, rows, d, s, at):
+def four_of(places, n):
+    """Addresses n to n + 3 of a table."""
+    at = address(places, n)
+    return number_at(places, at), number_at(places, at + 8), number_at(places, at + 16), number_at(places, at + 24)
+
+
+@njit(error_model="numpy", cache=True)
+def prefetch_thrice(far, half, near, offset):
+    """Call for a line of three rows."""
+    prefetch_at(far + offset)
+    prefetch_at(half + offset)
+    prefetch_at(near + offset)
+
+
+@njit(error_model="numpy", cache=True)
+def dot_products(keys, first, ahead, n, queries, rows, d, s, at):
     """s[r * TILE + at + j] = query r . key first + j, four keys by four rows, for n keys and up to three more; `keys` are addresses.
 
-    Queries stand as `vector_of` says, padded with zeros.  What stands at the addresses ahead[soon + j] is called for meanwhile.
+    Queries stand as `vector_of` says, padded with zeros.  Keys up to so many ahead are called for.
     """
     step, size = lanes(s), element_bytes(s)
     whole, wide = d // step * step, padded(d, s)
     for j in range(0, n, 4):
-        key, later = address(keys, first + j), address(ahead, soon + j)
-        k0, k1, k2, k3 = number_at(keys, key), number_at(keys, key + 8), number_at(keys, key + 16), number_at(keys, key + 24)
-        n0, n1, n2, n3 = number_at(keys, later), number_at(keys, later + 8), number_at(keys, later + 16), number_at(keys, later + 24)
+        k0, k1, k2, k3 = four_of(keys, first + j)
+        f0, f1, f2, f3 = four_of(keys, first + j + ahead)
+        h0, h1, h2, h3 = four_of(keys, first + j + ahead // 2)
+        n0, n1, n2, n3 = four_of(keys, first + j + ahead // 4)
         for r in range(0, rows, ROWS):
             a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = fill(s, 0.0)
             row = address(queries, r * wide)
@@ -139,16 +157,16 @@ def dot_products(keys, first, ahead, soon, n, queries, rows, d, s, at):
                 q = row + ROWS * x * size
                 q0, q1 = load_at(s, q), load_at(s, q + step * size)
                 q2, q3 = load_at(s, q + 2 * step * size), load_at(s, q + 3 * step * size)
-                prefetch_at(n0 + x * size)
+                prefetch_thrice(f0, h0, n0, x * size)
                 one = load_at(s, k0 + x * size)
                 a0, a1, a2, a3 = fma(one, q0, a0), fma(one, q1, a1), fma(one, q2, a2), fma(one, q3, a3)
-                prefetch_at(n1 + x * size)
+                prefetch_thrice(f1, h1, n1, x * size)
                 one = load_at(s, k1 + x * size)
                 b0, b1, b2, b3 = fma(one, q0, b0), fma(one, q1, b1), fma(one, q2, b2), fma(one, q3, b3)
-                prefetch_at(n2 + x * size)
+                prefetch_thrice(f2, h2, n2, x * size)
                 one = load_at(s, k2 + x * size)
                 c0, c1, c2, c3 = fma(one, q0, c0), fma(one, q1, c1), fma(one, q2, c2), fma(one, q3, c3)
-                prefetch_at(n3 + x * size)
+                prefetch_thrice(f3, h3, n3, x * size)
                 one = load_at(s, k3 + x * size)
                 d0, d1, d2, d3 = fma(one, q0, d0), fma(one, q1, d1), fma(one, q2, d2), fma(one, q3, d3)
             if whole < d:
@@ -167,14 +185,15 @@ def dot_products(keys, first, ahead, soon, n, queries, rows, d, s, at):
 
 
 @njit(error_model="numpy", cache=True)
-def gather_values(values, first, ahead, soon, n, s, at, rows, e, out):
+def gather_values(values, first, ahead, n, s, at, rows, e, out):
     """out += sum over n keys of s[r * TILE + at + j] * value first + j, four rows at a time; `values` are addresses, `out` as `vector_of` says.
 
-    A short run of keys is read for four vectors of channels, then for the next.  The last run is whole, where s is 0 past n.  What stands at the
-    addresses ahead[soon + j] is called for meanwhile.
+    A short run of keys is read for four vectors of channels, then for the next.  The last run is whole, where s is 0 past n.  Values up to so many
+    ahead are called for.
     """
     step, size = lanes(s), element_bytes(s)
     whole, wide = e // step * step, padded(e, s)
+    far_by, half_by, near_by = 8 * ahead, 8 * (ahead // 2), 8 * (ahead // 4)
     for begin in range(0, n, SHORT):
         for r in range(0, rows, ROWS):
             s0 = r * TILE + at
@@ -187,25 +206,25 @@ def gather_values(values, first, ahead, soon, n, s, at, rows, e, out):
                 a1, b1, c1, d1 = load(out, o1), load(out, o1 + step), load(out, o1 + 2 * step), load(out, o1 + 3 * step)
                 a2, b2, c2, d2 = load(out, o2), load(out, o2 + step), load(out, o2 + 2 * step), load(out, o2 + 3 * step)
                 a3, b3, c3, d3 = load(out, o3), load(out, o3 + step), load(out, o3 + 2 * step), load(out, o3 + 3 * step)
-                value, later = address(values, first + begin), address(ahead, soon + begin)
+                value = address(values, first + begin)
                 for j in range(begin, begin + SHORT):  # a number that the compiler knows
-                    place, then = number_at(values, value) + x * size, number_at(ahead, later) + x * size
+                    place = number_at(values, value) + x * size
+                    far, half, near = number_at(values, value + far_by), number_at(values, value + half_by), number_at(values, value + near_by)
                     v0, v1 = load_at(s, place), load_at(s, place + step * size)
                     v2, v3 = load_at(s, place + 2 * step * size), load_at(s, place + 3 * step * size)
-                    prefetch_at(then)
+                    prefetch_thrice(far, half, near, x * size)
                     p = splat(s, s0 + j)
                     a0, a1, a2, a3 = fma(p, v0, a0), fma(p, v1, a1), fma(p, v2, a2), fma(p, v3, a3)
-                    prefetch_at(then + step * size)
+                    prefetch_thrice(far, half, near, (x + step) * size)
                     p = splat(s, s1 + j)
                     b0, b1, b2, b3 = fma(p, v0, b0), fma(p, v1, b1), fma(p, v2, b2), fma(p, v3, b3)
-                    prefetch_at(then + 2 * step * size)
+                    prefetch_thrice(far, half, near, (x + 2 * step) * size)
                     p = splat(s, s2 + j)
                     c0, c1, c2, c3 = fma(p, v0, c0), fma(p, v1, c1), fma(p, v2, c2), fma(p, v3, c3)
-                    prefetch_at(then + 3 * step * size)
+                    prefetch_thrice(far, half, near, (x + 3 * step) * size)
                     p = splat(s, s3 + j)
                     d0, d1, d2, d3 = fma(p, v0, d0), fma(p, v1, d1), fma(p, v2, d2), fma(p, v3, d3)
                     value += 8
-                    later += 8
                 put_four(out, o0, a0, b0, c0, d0)
                 put_four(out, o1, a1, b1, c1, d1)
                 put_four(out, o2, a2, b2, c2, d2)
@@ -214,15 +233,15 @@ def gather_values(values, first, ahead, soon, n, s, at, rows, e, out):
             while x < e:
                 o0 = r * wide + ROWS * x
                 a0, b0, c0, d0 = load(out, o0), load(out, o0 + step), load(out, o0 + 2 * step), load(out, o0 + 3 * step)
-                value, later = address(values, first + begin), address(ahead, soon + begin)
+                value = address(values, first + begin)
                 for j in range(begin, begin + SHORT):
                     place = number_at(values, value) + x * size
-                    prefetch_at(number_at(ahead, later) + x * size)
+                    far, half, near = number_at(values, value + far_by), number_at(values, value + half_by), number_at(values, value + near_by)
+                    prefetch_thrice(far, half, near, x * size)
                     v0 = load_at(s, place) if x < whole else load_part_at(s, place, e - whole)
                     a0, b0 = fma(splat(s, s0 + j), v0, a0), fma(splat(s, s1 + j), v0, b0)
                     c0, d0 = fma(splat(s, s2 + j), v0, c0), fma(splat(s, s3 + j), v0, d0)
                     value += 8
-                    later += 8
                 put_four(out, o0, a0, b0, c0, d0)
                 x += step
 
@@ -362,14 +381,15 @@ def decode_part(places, first, ahead, n, code, tables, d, target):
     """Rows first, first + 1, ... of a table of addresses in the kernel's format; rows that many later are called for."""
     width = d * bytes_of(code, target)
     for j in range(first, first + n):
-        call_for(places, j + ahead, 1, 0, width)
+        for distance in (ahead, ahead // 2, ahead // 4):
+            call_for(places[j + distance], width)
         decode_row(places[j], code, tables, d, target, (j - first) * (d + PAD))
 
 
 @njit(error_model="numpy", cache=True)
 def rows_ahead(width):
-    """How many rows of so many bytes to call for before they are read: about 6 KiB, what is under way from memory at any time."""
-    return min(4 + 4096 // width, MOST_AHEAD)
+    """How many rows of so many bytes to call for before they are read: about 20 KiB, several times what is under way from memory at any time."""
+    return min(4 + AHEAD // width, MOST_AHEAD)
 
 
 @njit(error_model="numpy", inline="always")
@@ -402,22 +422,21 @@ def stretch(b, g, c, group, inputs, how, careful, slot, partial, space):
         places = space.key_places
         find_places(inputs.k, inputs.pages, how.page_size, b, g, row, start, n_keys, n + SHORT + k_ahead, places)
         if how.k_code == SAME:
-            dot_products(places, START, places, k_ahead, n, space.queries, rows, d, s, START)
+            dot_products(places, START, k_ahead, n, space.queries, rows, d, s, START)
         for part in range(0, n if how.k_code != SAME else 0, PART):
             m = min(PART, n - part)
             decode_part(places, part, k_ahead, m, how.k_code, inputs.tables, d, space.keys)
-            dot_products(space.key_rows, START, space.key_rows, START, m, space.queries, rows, d, s, part)
+            dot_products(space.key_rows, START, START, m, space.queries, rows, d, s, part)
         finish_scores(inputs, how, b, g, group, rows, start, n, space)
         if careful:
             copy(s, START, space.kept, rows * TILE)
         places = space.value_places
         find_places(inputs.v, inputs.pages, how.page_size, b, g, row, start, n_keys, n + SHORT + v_ahead, places)
-        call_for(places, v_ahead // 2, v_ahead, 0, e * v_bytes)  # those before have been
         raise_tops(s, rows, n, space.top, space.tops)
         exponentials(s, rows, n, e, space.top, space.tops, space.sums, space.gathered)
         s[rows * TILE : padded_rows * TILE] = 0.0
         if how.v_code == SAME and not careful:
-            gather_values(places, START, places, v_ahead, n, s, START, rows, e, space.gathered)
+            gather_values(places, START, v_ahead, n, s, START, rows, e, space.gathered)
             continue
         for part in range(0, n, PART):
             m, own, first = min(PART, n - part), places, part
@@ -427,7 +446,7 @@ def stretch(b, g, c, group, inputs, how, careful, slot, partial, space):
             if careful:
                 gather_carefully(own, first, m, s, space.kept, part, rows, e, space.gathered)
             else:
-                gather_values(own, first, own, first, m, s, part, rows, e, space.gathered)
+                gather_values(own, first, START, m, s, part, rows, e, space.gathered)
     odd = fill(s, 0.0)
     for r in range(rows):
         for x in range(0, wide_e, lanes(s)):

@@ -171,10 +171,10 @@ def load(typingctx, a, at):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def prefetch_at(typingctx, place):  # type: ignore[no-untyped-def]
-    """A hint that what stands at an address will be read soon; any address will do."""
+    """A hint that what stands at an address will be read soon, and belongs into the second-level cache; any address will do."""
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        hint = [builder.inttoptr(args[0], _I8.as_pointer()), *(ir.Constant(_I32, n) for n in (0, 3, 1))]  # to be read, and kept, as data
+        hint = [builder.inttoptr(args[0], _I8.as_pointer()), *(ir.Constant(_I32, n) for n in (0, 2, 1))]  # to be read, and kept, as data
         _declared(builder, "llvm.prefetch.p0", ir.VoidType(), hint)
         return context.get_dummy_value()
 

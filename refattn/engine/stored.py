@@ -93,11 +93,10 @@ def find_keys(x, pages, page_size, b, g, row, first, n, places):
 
 
 @njit(error_model="numpy", cache=True)
-def call_for(places, first, n, begin, end):
-    """Bytes begin to end of n rows will be read soon."""
-    for r in range(first, first + n):
-        for x in range(begin, end, 64):
-            prefetch_at(places[r] + x)
+def call_for(place, width):
+    """So many bytes will be read soon."""
+    for x in range(0, width, 64):
+        prefetch_at(place + x)
 
 
 @njit(error_model="numpy", cache=True)
