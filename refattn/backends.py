@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import catalog, definition, entrywise
-from .costs import flops
+from .costs import flops, recurrent
 from .engine import run as engine
 from .engine.learner import run as learner
 from .engine.state import run as state
@@ -57,10 +57,12 @@ def run(problem: Problem, backend: str, form: str | None = None, homes: Mapping[
 
 
 def repeated(problem: Problem, backend: str) -> Callable[[Mapping[str, np.ndarray]], np.ndarray] | None:
-    """Of a call that `run` has run: ``out`` as a function of other arrays of its shapes, which updates the state in its place; or None."""
-    if problem.sequences is not None or _room_of(problem.variant) is not state or _without_compiler():
+    """Of a call that `run` has run: ``out`` as a function of other arrays of its shapes, which updates a state in its place; or None."""
+    room = _room_of(problem.variant)
+    if problem.sequences is not None or room is learner or _without_compiler() or (backend == "auto" and _is_tiny(problem)):
         return None
-    return None if backend == "auto" and _is_tiny(problem) else state.repeated(problem)
+    again: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = room.repeated(problem)
+    return again
 
 
 def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: str, form: str | None = None) -> Gradients:
@@ -113,6 +115,9 @@ def of(variant: Variant) -> tuple[str, ...]:
 
 def allocated(variant: Variant, dims: Dims, params: Mapping[str, Any], itemsize: int) -> dict[str, int]:
     """Bytes that a forward call allocates, by backends other than the definition."""
+    if variant.recurrence is not None:
+        rule = variant.recurrence(dims, params)
+        return {} if state.reason_against_variant(variant, dims, params) else {"cpu": recurrent(variant, rule, dims, itemsize)}
     plan = None if variant.plan is None else variant.plan(dims, params)
     return {} if plan is None or engine.reason_against_plan(plan) else {"cpu": engine.allocated(plan, dims, itemsize)}
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from . import backends, precision
+from . import backends, precision, repeats
 from .catalog import catalogue, unknown
 from .errors import OperandError, ParameterError, ShapeError, shown
-from .problem import Problem, bind, output_dtype, release
+from .problem import bind, output_dtype, release
 from .spec import MAY_BE_EMPTY, Integer, Variant, shape
 
 
@@ -63,10 +63,9 @@ def step(
     """
     carried = _carried(variant)
     given = {} if state is None else state
-    key = _key(variant, given, operands, returns, layout, backend, keywords)
-    if key is not None and (known := _known.get(key)) is not None:
-        arrays = dict(zip(known.names, (*operands, *(keywords[name] for name in known.keywords), *given.values()), strict=True))
-        return known.run(arrays), {**given}
+    key = repeats.key_of(variant, backend, returns, layout, operands, keywords, given)
+    if (known := repeats.known(key)) is not None:
+        return known(operands, keywords, given), {**given}
     if not isinstance(given, Mapping):
         raise OperandError(
             f"{variant.name}: state is a {type(state).__name__}; must be a mapping of {', '.join(carried)}, or None before the first token"
@@ -89,54 +88,9 @@ def step(
         if found[name] is not x:
             x[...] = found[name]
     after = {name: homes[name] if name in homes else fresh[name] for name in carried}
-    if key is not None and not fresh:
-        _remember(key, call, operands, keywords, given, backend)
+    if not fresh:
+        repeats.remember(key, call, backend, operands, keywords, given)
     return (*_tuple(outputs), after)
-
-
-class _Known(NamedTuple):
-    """A step that has been taken: a function of operands by name, and the names of positional operands, keywords and states in their order."""
-
-    run: Callable[[Mapping[str, np.ndarray]], np.ndarray]
-    names: tuple[str, ...]
-    keywords: tuple[str, ...]
-
-
-#: Steps that can be taken again without being looked at, by what they were asked with; `None` of those that cannot.
-_known: dict[Any, _Known | None] = {}
-_MOST_KNOWN = 256
-
-
-def _key(variant: Variant, state: Any, operands: Sequence[Any], returns: Any, layout: str, backend: str, keywords: Mapping[str, Any]) -> Any:
-    """All that a step's way depends on but the numbers in its arrays; None where an array is none of NumPy's, or out is not all that is wanted."""
-    if returns not in ("out", ("out",)) or layout != "BHTD" or backend not in ("auto", "cpu") or type(state) is not dict:
-        return None
-    arrays = [(name, x.shape, x.dtype, x.flags.c_contiguous, x.flags.writeable) for name, x in state.items() if type(x) is np.ndarray]
-    arrays += [(None, x.shape, x.dtype, x.flags.c_contiguous, True) for x in operands if type(x) is np.ndarray]
-    named: list[Any] = []
-    for name, x in keywords.items():
-        if type(x) is np.ndarray:
-            arrays.append((name, x.shape, x.dtype, x.flags.c_contiguous, True))
-        elif x is None or type(x) in (bool, int, float, str):
-            named.append((name, type(x), x))
-        else:
-            return None
-    complete = len(arrays) + len(named) == len(state) + len(operands) + len(keywords)
-    return (variant, backend, *named, None, *arrays) if complete else None
-
-
-def _remember(key: Any, call: Problem, operands: Sequence[Any], keywords: Mapping[str, Any], state: Mapping[str, Any], backend: str) -> None:
-    """Keep what a step turned out to be, if it is a recurrence that the engine runs and all arrays are operands as they are."""
-    if key in _known:
-        return
-    if len(_known) >= _MOST_KNOWN:
-        _known.clear()
-    own = {id(x): name for name, x in call.given.items()}
-    by_name = tuple(name for name, x in keywords.items() if type(x) is np.ndarray)
-    arrays = (*operands, *(keywords[name] for name in by_name), *state.values())
-    names = tuple(own.get(id(x), "") for x in arrays)
-    run = backends.repeated(call, backend) if "" not in names and len(set(names)) == len(call.given) else None
-    _known[key] = None if run is None else _Known(run, names, by_name)
 
 
 def _can_hold(x: Any, dtype: np.dtype) -> bool:

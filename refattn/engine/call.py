@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -135,14 +135,14 @@ class Call:
             found[plan.sinks] = -np.where(np.isneginf(self.lse), 0.0, share * deltas).sum(axis=(0, 2), dtype=np.float64)
         return {"d_" + name: found[name].reshape(x.shape) for name, x in given.items() if name in found}
 
-    def _launch_forward(self, how: How, out: np.ndarray, lse: np.ndarray) -> None:
+    def forward_kernels(self) -> tuple[Any, Any]:
+        """The entry points for one thread and for several."""
         if self.decodes:
-            alone, together = decode.decode, decode.decode_parallel
-        elif how.kind >= weights.SPARSEMAX:
-            alone, together = rows.rows, rows.rows_parallel
-        else:
-            alone, together = forward.forward, forward.forward_parallel
-        self._launch(alone, together, (*self.inputs, how, out, lse), self.work)
+            return decode.decode, decode.decode_parallel
+        return (rows.rows, rows.rows_parallel) if self.how.kind >= weights.SPARSEMAX else (forward.forward, forward.forward_parallel)
+
+    def _launch_forward(self, how: How, out: np.ndarray, lse: np.ndarray) -> None:
+        self._launch(*self.forward_kernels(), (*self.inputs, how, out, lse), self.work)
 
     def _launch(self, alone: Any, together: Any, arguments: tuple[Any, ...], work: float) -> None:
         launch(alone, together, self.format, arguments, work, self.threads)
@@ -225,6 +225,29 @@ class Call:
     def _padded(self, n: int) -> int:
         """n elements, rounded up to whole vectors."""
         return -(-n // self.lanes) * self.lanes
+
+
+class Repeated:
+    """What a problem's call is but for its queries, keys and values, which lie as kernels read them.
+
+    Parameters
+    ----------
+    problem : Problem
+        Without other operands and without functions.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        call = Call(problem)
+        self.names = (call.plan.query, call.plan.key, call.plan.value)
+        self.kernels, self.format, self.work = call.forward_kernels(), call.format, call.work
+        self.rest, self.out, self.lse = (*call.inputs[3:], call.how), call.out.shape, call.lse.shape
+
+    def __call__(self, given: Mapping[str, np.ndarray]) -> np.ndarray:
+        """`out` of other operands."""
+        operands = (_bytes(given[name]) for name in self.names)
+        out, lse = np.empty(self.out, self.format), np.empty(self.lse, self.format)
+        launch(*self.kernels, self.format, (*operands, *self.rest, out, lse), self.work, None)
+        return out
 
 
 class _Stages:

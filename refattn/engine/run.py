@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,22 @@ def run(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
     outputs = {"out": call.out, STATISTICS[call.plan.normalizer]: call.lse}
     heads = "Hq" in problem.dims
     return {name: outputs[name] if heads else outputs[name][:, 0] for name in problem.returns}
+
+
+def repeated(problem: Problem) -> Callable[[Mapping[str, np.ndarray]], np.ndarray] | None:
+    """``out`` as a function of other operands of a problem's shapes, formats and strides, by name; None where more is to be done than to read them.
+
+    Parameters
+    ----------
+    problem : Problem
+        A dense one.
+    """
+    plan, format_ = problem.plan, format_of(problem)
+    if plan is None or problem.functions is not None or problem.returns != ("out",) or problem.params.get("empty_rows", "zero") != "zero":
+        return None
+    operands = {plan.query, plan.key, plan.value}
+    plain = problem.dtype == format_ and problem.given.keys() == operands and all(x.ndim == 4 and x.dtype == format_ for x in problem.given.values())
+    return _loaded().Repeated(problem) if plain and 0 not in problem.dims.values() and not reason_against(problem) else None
 
 
 def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], threads: int | None = None) -> dict[str, np.ndarray]:
