@@ -377,6 +377,9 @@ class Recurrence:
     query, log_decay, bonus, skip
         Products; a query of none is 1.  A log_decay over heads and tokens alone is one number for the whole state; over "D" too, one for each of
         its rows.
+    log_value_decay
+        Product over heads, tokens and the state's columns, which fade by it as rows do by log_decay.  For recurrences that variants are reduced to:
+        enclosures, tolerances and mutants, which go by a variant's own, do not know of it.
     input_gate
         Logarithm of a further factor of every key, so large that a running maximum m must be carried beside the state:
         m_t = max(log_decay_t + m_{t-1}, input_gate_t), and S and n hold exp(-m_t) times what they stand for.
@@ -399,6 +402,7 @@ class Recurrence:
     skip: Product = ()
     steps: str = ""
     heads: str = ""
+    log_value_decay: Product = ()
     input_gate: Product = ()
     normalizer: str = ""
     eps: float = 0.0
@@ -410,7 +414,7 @@ class Recurrence:
 
 @dataclass(frozen=True)
 class Reduction:
-    """A variant as a recurrence of operands that are made from its own.
+    """A variant as a recurrence of operands that are made from its own, or as several, one after the other.
 
     recurrence
         Of what `operands` makes.
@@ -422,12 +426,20 @@ class Reduction:
         `engine/tape.py` has it, so that gradients pass.
     outputs
         ``outputs(x, found) -> outputs``: of the variant, from its operands and the recurrence's outputs.
+    then
+        What comes after it, if anything does.  Its functions are given what `outputs` gives here beside the variant's operands.
     """
 
     recurrence: Recurrence
     axes: Mapping[str, str]
     operands: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     outputs: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
+    then: Reduction | None = None
+
+    @property
+    def passes(self) -> tuple[Reduction, ...]:
+        """This one, and those after it."""
+        return (self, *(self.then.passes if self.then else ()))
 
 
 # ---- what can be said about a variant ------------------------------------------------------------------------------------------
@@ -495,7 +507,8 @@ class Variant:
     recurrence : callable, optional
         ``recurrence(dims, params) -> Recurrence``: the same operation as data, of a state or feature variant.
     reduction : callable, optional
-        ``reduction(dims, params) -> Reduction``: the same operation as a recurrence of other operands, where it is not one of its own.
+        ``reduction(dims, params) -> Reduction``: the same operation as a recurrence of other operands, where it is not one of its own; None where
+        that is so for other sizes only.
     returns : tuple of str
         Outputs given when the caller names none.
     ordered : callable
@@ -521,7 +534,7 @@ class Variant:
     params: tuple[Param, ...] = ()
     plan: Callable[[Dims, Mapping[str, Any]], Plan] | None = None
     recurrence: Callable[[Dims, Mapping[str, Any]], Recurrence] | None = None
-    reduction: Callable[[Dims, Mapping[str, Any]], Reduction] | None = None
+    reduction: Callable[[Dims, Mapping[str, Any]], Reduction | None] | None = None
     returns: tuple[str, ...] = ("out",)
     ordered: Callable[[Mapping[str, Any]], str] = lambda params: ""
     causal: Mapping[str, Any] | None = None

@@ -3,9 +3,10 @@
 import math
 from dataclasses import replace
 
+import catalogue
 import numpy as np
 import pytest
-from catalogue import CALLS, GENERAL, LADDER, VARIANTS, arrays_of, draw, flops, rounding
+from catalogue import CALLS, VARIANTS, arrays_of, draw, flops, rounding
 from test_catalogue import close
 
 import refattn as ra
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.compiled
 WITH_RECURRENCE = [v for v in VARIANTS if v.values[0].recurs]
 RECURRENT_CALLS = [c for c in CALLS if c.values[0].recurs]
 FORMATS = {np.float64: 2.0**-53, np.float32: 2.0**-24}
+#: An odd number of slots, or CyFA is no recurrence.
+GENERAL, *_ = LADDER = [{**dims, "Z": dims["Z"] // 2 * 2 + 1} for dims in catalogue.LADDER.values()]
 #: One state for two query heads; widths small enough for long sequences.
 LONG = {**GENERAL, "B": 1, "Hq": 2, "Hkv": 1, "D": 4, "E": 3, "H": 2, "G": 1, "M": 3, "N": 2, "F": 4, "R": 2}
 SMALL = {**GENERAL, "B": 1, "Hq": 2, "Hkv": 1, "T": 3, "S": 3, "D": 2, "E": 2, "H": 2, "G": 1, "M": 2, "N": 2, "F": 3}
@@ -67,7 +70,7 @@ def expressed(variant, params, dims):
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("variant, params", RECURRENT_CALLS)
 def test_every_form_is_the_definition(variant, params, dtype):
-    for dims in LADDER.values():
+    for dims in LADDER:
         check_values(variant, params, dims, expressed(variant, params, dims), dtype)
 
 
@@ -126,11 +129,10 @@ def test_gradients_of_the_forms_agree_over_several_chunks(variant, dtype):
 
 def gates(variant):
     """Operands that are logarithms of decays as they are."""
-    if variant.recurrence is None:
-        return ""
-    rule = variant.recurrence(GENERAL, {p.name: p.default for p in variant.params})
-    [name] = rule.log_decay if len(rule.log_decay) == 1 and isinstance(rule.log_decay[0], str) else [""]
-    return name
+    params = {p.name: p.default for p in variant.params}
+    rules = [variant.recurrence(GENERAL, params)] if variant.recurrence else [one.recurrence for one in variant.reduction(GENERAL, params).passes]
+    [name] = rules[-1].log_decay if len(rules[-1].log_decay) == 1 and isinstance(rules[-1].log_decay[0], str) else [""]
+    return name if name in {o.name for o in variant.operands} else ""
 
 
 @pytest.mark.parametrize("strength", [-50.0, -1e4, -math.inf])
@@ -191,9 +193,11 @@ def switches():
     """Every combination of what a `Lowered` can have, which no catalogue needs to."""
     rng = np.random.default_rng(0)
     for steps in (1, 3):
-        for width in (0, 1, 3):
+        for width, fades in ((0, False), (1, False), (3, False), (0, True), (3, True)):
             for erases, old in ((False, False), (True, False), (True, True)):
                 for exclusive, bonus in ((False, False), (True, False), (True, True)):
+                    if fades and (old or exclusive):
+                        continue
                     q, b, w, S0 = (rng.standard_normal(s) for s in ((2, 4, 11, 3), (2, 2, 11, steps, 3), (2, 2, 11, steps, 5), (2, 2, 3, 5)))
                     yield Lowered(
                         q,
@@ -203,6 +207,7 @@ def switches():
                         g=-np.abs(rng.standard_normal((2, 2, 11, width))) if width else None,
                         e=0.5 * rng.standard_normal(b.shape) if erases else None,
                         u=rng.standard_normal((2, 2, 11, 3)) if bonus else None,
+                        f=-np.abs(rng.standard_normal((2, 2, 11, 5))) if fades else None,
                         old=old,
                         exclusive=exclusive,
                         scale=0.7,
@@ -217,6 +222,7 @@ def by_einsum(x):
 
     for t in range(x.q.shape[2]):
         before, S = S, S if x.g is None else S * np.exp(x.g[:, :, t])[..., None]
+        S = S if x.f is None else S * np.exp(x.f[:, :, t])[:, :, None]
         if x.exclusive:
             own = 0.0 if x.u is None else np.einsum("bhk,bhrk,bhrv->bhkv", x.u[:, :, t], x.b[:, :, t], x.w[:, :, t])
             out[:, :, t] = read(t, before + own)
@@ -250,7 +256,7 @@ def test_every_switch_of_the_recurrence_in_every_form():
             for a, b, size in zip(form.forward(x, 1), expected, sizes, strict=True):
                 close(a, b, 2.0**-53 * 11 * 3 * 20 * np.abs(size))
         one, *others = (f.backward(x, d_out, d_state, 1) for f in (forms.recurrent, forms.chunked) if f is forms.recurrent or not f.reason_against(x))
-        for name in ("q", "b", "w", "S0", "g", "e", "u"):
+        for name in ("q", "b", "w", "S0", "g", "e", "u", "f"):
             if getattr(x, name) is None:
                 assert getattr(one, name) is None
                 continue
@@ -264,6 +270,24 @@ def test_every_switch_of_the_recurrence_in_every_form():
             size = sum(np.sum(np.abs(y)) for y in sizes) * 10
             for found in (one, *others):  # the error of the difference: roundings of phi / h; its fourth-order term is below that
                 assert abs(np.sum(getattr(found, name) * along) - slope) <= 2.0**-53 * size / h * 4, name
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_slots_written_with_weights_of_any_size(dtype):
+    """Weights of nothing at first, then far apart, so that what was written before them does not count."""
+    variant, dims = catalog.variant("abc"), {**LONG, "T": 70, "S": 70}
+    write = np.array(draw(variant, dims)["write"])
+    write[:, :, :5, :2] = -math.inf
+    write[:, :, 20, 1:] = 1000.0
+    write[:, :, 40, 2] = 5000.0
+    for first in (None, np.full((1, 1, dims["Z"]), -math.inf)):
+        check_values(variant, {}, dims, engine.FORMS, dtype, write=write, initial_max=first)
+
+
+def test_columns_fade_in_what_a_variant_is_reduced_to_alone():
+    """What judges variants by their own recurrence would pass over it."""
+    for variant, params in (c.values for c in RECURRENT_CALLS if c.values[0].recurrence):
+        assert not variant.recurrence(GENERAL, {**{p.name: p.default for p in variant.params}, **params}).log_value_decay
 
 
 # ---- what a caller may ask for ---------------------------------------------------------------------------------------------------
@@ -293,6 +317,22 @@ def test_the_form_is_a_keyword_of_the_public_calls():
     q = np.ones((1, 1, 2, 2))
     with pytest.raises(ra.ParameterError, match="softmax: form='recurrent'; it has no recurrence"):
         ra.attention(q, q, q, form="recurrent")
+
+
+def test_what_is_carried_past_no_token_is_no_view_of_what_was_given():
+    x = draw(catalog.variant("cyfa"), {**GENERAL, "T": 0})
+    found = ra.attend("cyfa", **x, returns="slot_keys", form="chunked")
+    np.testing.assert_array_equal(found, x["initial_slot_keys"])
+    assert found.flags.writeable and not np.shares_memory(found, x["initial_slot_keys"])
+
+
+def test_an_even_number_of_slots_has_the_definition_alone():
+    x = draw(catalog.variant("cyfa"), {**GENERAL, "Z": 4})
+    for keywords in ({"form": "chunked"}, {"backend": "cpu"}):
+        with pytest.raises(ra.BackendUnavailableError, match="it has no recurrence"):
+            ra.attend("cyfa", **x, **keywords)
+    np.testing.assert_array_equal(ra.attend("cyfa", **x), ra.attend("cyfa", **x, backend="definition"))
+    assert ra.gradients("cyfa", **x, d_out=np.ones((2, 6, 4, 5))).errors
 
 
 def test_a_decay_of_zero_is_differentiated_by_its_definition():

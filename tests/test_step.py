@@ -8,7 +8,7 @@ from test_catalogue import close
 from test_state_engine import cut
 
 import refattn as ra
-from refattn import catalog, steps
+from refattn import catalog, repeats
 from refattn.problem import takes_sequences
 from refattn.spec import shape
 
@@ -19,7 +19,10 @@ PACKING = [
     if takes_sequences(v, packed=True) and v.family != "scored"
     for backend in (("definition", "cpu") if v.recurs else ("definition",))
 ]
-DIMS = {**GENERAL, "T": 6, "S": 6}
+#: An odd number of slots, or CyFA is no recurrence.
+DIMS = {**GENERAL, "T": 6, "S": 6, "Z": 7}
+STEPPING = [pytest.param(v, "auto", id=v.name) for v in (one.values[0] for one in CARRYING) if v.causal is not None]
+STEPPING += [pytest.param(*p.values[:1], "cpu", id=f"{p.id}-cpu", marks=pytest.mark.compiled) for p in STEPPING if p.values[0].reduction]
 LENGTHS = (3, 0, 1, 4)
 BOUNDS = np.concatenate([[0], np.cumsum(LENGTHS)])
 same = np.testing.assert_array_equal
@@ -30,21 +33,23 @@ def causal(variant):
     return {**(variant.causal or {}), **{p.name: 1 for p in variant.params if p.name in ("segment", "mini_batch")}}
 
 
-@pytest.mark.parametrize("variant", [v for v in CARRYING if v.values[0].causal is not None])
-def test_step_by_step_is_the_whole(variant):
+@pytest.mark.parametrize("variant, backend", STEPPING)
+def test_step_by_step_is_the_whole(variant, backend):
+    """Of reductions the engine too, which makes of a token what it is to their recurrence."""
     operands = draw(variant, DIMS, seed=7)
     whole = outputs(variant, operands, causal(variant))
     tolerances = rounding(lambda x: list(outputs(variant, x, causal(variant)).values()), operands, variant, flops(variant, operands, causal(variant)))
     state = {name: operands["initial_" + name].copy() for name in variant.carried if "initial_" + name in operands}
     rest, parts = operands, []
+    asked = {**causal(variant), "returns": [o.name for o in variant.outputs if "T" in o.axes.split()], "backend": backend}
     for n in (1, 1, 2):
         now, rest = cut(variant, rest, n)
         for name in variant.carried:
             now.pop("initial_" + name, None)
-        *found, state = ra.step(variant.name, state, **now, **causal(variant), returns=[o.name for o in variant.outputs if "T" in o.axes.split()])
+        *found, state = ra.step(variant.name, state, **now, **asked)
         parts.append(found)
     rest = {name: x for name, x in rest.items() if name.removeprefix("initial_") not in variant.carried}
-    *found, state = ra.step(variant.name, state, **rest, **causal(variant), returns=[o.name for o in variant.outputs if "T" in o.axes.split()])
+    *found, state = ra.step(variant.name, state, **rest, **asked)
     parts.append(found)
     with_tokens = [o for o in variant.outputs if "T" in o.axes.split()]
     together = {o.name: np.concatenate(pieces, o.axes.split().index("T")) for o, pieces in zip(with_tokens, zip(*parts, strict=True), strict=True)}
@@ -146,7 +151,7 @@ def test_a_malformed_step_says_what_is_wrong(case):
 
 def laid_out(variant, seed=0):
     """Operands of packed sequences, [T, H, ...], and of each sequence by itself, [1, H, T, ...]."""
-    dims = {**GENERAL, "B": 1, "T": int(BOUNDS[-1]), "S": int(BOUNDS[-1])}
+    dims = {**GENERAL, "B": 1, "T": int(BOUNDS[-1]), "S": int(BOUNDS[-1]), "Z": DIMS["Z"]}
     packed, each = draw(variant, dims, seed), [{} for _ in LENGTHS]
     for o in variant.operands:
         axes = o.axes.split()
@@ -210,9 +215,9 @@ def test_gradients_of_packed_sequences_are_each_ones_own_and_sums_of_what_they_s
 
 @pytest.fixture
 def known(monkeypatch):
-    """What steps remember, at first nothing."""
-    monkeypatch.setattr(steps, "_known", {})
-    return steps._known
+    """What calls remember, at first nothing."""
+    monkeypatch.setattr(repeats, "_known", {})
+    return repeats._known
 
 
 def tokens(variant, seed, dtype=np.float32):
@@ -275,7 +280,7 @@ def test_other_parameters_formats_and_operands_are_other_steps(known):
 
 @pytest.mark.compiled
 def test_what_is_remembered_does_not_grow_without_end(known, monkeypatch):
-    monkeypatch.setattr(steps, "_MOST_KNOWN", 3)
+    monkeypatch.setattr(repeats, "_MOST_KNOWN", 3)
     for width in range(16, 24):
         call = {name: x[..., :width] if name in "qk" else x for name, x in tokens(catalog.variant("gated_delta"), 0).items()}
         ra.step("gated_delta", ra.step("gated_delta", None, **call)[1], **{name: np.ascontiguousarray(x) for name, x in call.items()})

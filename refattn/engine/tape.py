@@ -108,6 +108,8 @@ def collect(gradients: Iterable[tuple[Any, Array]], leaves: Mapping[str, Traced]
 
 def _gathered(d: Array, shape: tuple[int, ...]) -> Array:
     """The reverse of broadcasting from this shape."""
+    if d.shape == shape:
+        return d
     d = d.sum(axis=tuple(range(d.ndim - len(shape))))
     return d.sum(axis=tuple(n for n, size in enumerate(shape) if size == 1 and d.shape[n] != 1), keepdims=True)
 

@@ -14,11 +14,11 @@ from numba import njit, prange
 
 from ..panels import START
 from ..references import hold, lent
-from ..simd import address, element_bytes, fma, lanes, load_at, put_at, register_bytes, splat_at
+from ..simd import address, element_bytes, fma, lanes, load_at, mul, put_at, register_bytes, splat_at
 from ..tasks import take
 from ..threads import available_threads, launch
 from .chunked_backward import backward_alone, backward_parallel
-from .chunks import BLOCK, CHUNK, YES, advance, deliver, fetch, how_of, operands_of, read_chunk, relate, room_at, solve, up
+from .chunks import BLOCK, CHUNK, YES, advance, deliver, fetch, how_of, operands_of, read_chunk, relate, room_at, solve, times, up
 from .kernels import kernel
 from .lowered import Lowered
 from .products import EIGHT, LOWER, ONE, WHOLE, apart, multiply, rolled
@@ -38,6 +38,30 @@ def add_bonus(like, how, room, n):
                 put_at(out + x, fma(by, load_at(like, w + x), load_at(like, out + x)))
 
 
+@njit(error_model="numpy", cache=True)
+def read_fading(like, how, room, n):
+    """What queries read of the state, and of the chunk's own steps, where columns fade: values token by token, in their place."""
+    apart()
+    size, steps, v_row = element_bytes(like), how.steps, room.v_row
+    for h in range(how.group):
+        out = room.out + h * room.q_rows * v_row
+        times(like, out, room.f_far + v_row, v_row, ONE, n, v_row, out)
+    for x in range(0, v_row, lanes(like) * size):
+        for t in range(n):
+            fade = load_at(like, room.f + t * v_row + x)
+            for i in range(t * steps):
+                rolled()
+                put_at(room.w + i * v_row + x, mul(fade, load_at(like, room.w + i * v_row + x)))
+            for h in range(how.group):
+                row = h * room.q_rows + t
+                P, out = room.P + row * room.s_row, room.out + row * v_row + x
+                read = load_at(like, out)
+                for i in range((t + 1) * steps):
+                    rolled()
+                    read = fma(splat_at(like, P + i * size), load_at(like, room.w + i * v_row + x), read)
+                put_at(out, read)
+
+
 @njit(error_model="numpy", inline="always")
 def read_out(like, how, room, n):
     """Outputs of a chunk: what queries read of the state before it, and of its own steps, whose U is made on the way."""
@@ -50,12 +74,15 @@ def read_out(like, how, room, n):
         )  # fmt: skip
     if how.bonus:
         add_bonus(like, how, room, n)
-    solve(like, how, room, n)
-    for h in range(how.group):
-        out, P = room.out + h * room.q_rows * room.v_row, room.P + h * room.q_rows * room.s_row
-        multiply(
-            like, out, room.v_row, P, room.s_row, size, room.w, room.v_row, rows, vectors, n * how.steps, one, ONE, LOWER, how.steps
-        )  # fmt: skip
+    if how.fade:
+        read_fading(like, how, room, n)
+    else:
+        solve(like, how, room, n)
+        for h in range(how.group):
+            out, P = room.out + h * room.q_rows * room.v_row, room.P + h * room.q_rows * room.s_row
+            multiply(
+                like, out, room.v_row, P, room.s_row, size, room.w, room.v_row, rows, vectors, n * how.steps, one, ONE, LOWER, how.steps
+            )  # fmt: skip
 
 
 @njit(error_model="numpy", inline="always")
@@ -78,13 +105,13 @@ def columns_forward(like, how, room, operands, state, column, width, scale, stat
 
 
 @njit(error_model="numpy", inline="always")
-def take_tasks(q, b, w, e, g, u, state, out, scale, chunk, block, columns, old, exclusive, counter):
+def take_tasks(q, b, w, e, g, u, f, state, out, scale, chunk, block, columns, old, exclusive, counter):
     """Takes tasks until there are none; nothing here counts references while it works."""
     like = lent(q.reshape(q.size))
-    how = how_of(q, b, w, e, g, u, chunk, block, columns, old, exclusive)
+    how = how_of(q, b, w, e, g, u, f, chunk, block, columns, old, exclusive)
     owned = np.zeros(room_at(like, how, START, YES).spare + 64, np.uint8)
     room = room_at(like, how, address(owned, 0), YES)
-    operands, states, outs = operands_of(q, b, w, e, g, u), address(state, (0, 0, 0, 0)), address(out, (0, 0, 0, 0))
+    operands, states, outs = operands_of(q, b, w, e, g, u, f), address(state, (0, 0, 0, 0)), address(out, (0, 0, 0, 0))
     parts = (how.values + how.columns - 1) // how.columns
     n_tasks = b.shape[0] * b.shape[1] * parts
     task = take(counter)
@@ -96,21 +123,21 @@ def take_tasks(q, b, w, e, g, u, state, out, scale, chunk, block, columns, old, 
 
 
 @njit(error_model="numpy", nogil=True, cache=True)
-def worker(q, b, w, e, g, u, state, out, scale, chunk, block, columns, old, exclusive, counter):
+def worker(q, b, w, e, g, u, f, state, out, scale, chunk, block, columns, old, exclusive, counter):
     """What each of several threads does; a function of its own, or Numba would look for reductions in it."""
-    take_tasks(q, b, w, e, g, u, state, out, scale, chunk, block, columns, old, exclusive, counter)
+    take_tasks(q, b, w, e, g, u, f, state, out, scale, chunk, block, columns, old, exclusive, counter)
 
 
-def forward_alone(q, b, w, e, g, u, state, out, scale, chunk, block, columns, old, exclusive):
+def forward_alone(q, b, w, e, g, u, f, state, out, scale, chunk, block, columns, old, exclusive):
     """On this thread."""
-    take_tasks(q, b, w, e, g, u, state, out, scale, chunk, block, columns, old, exclusive, np.zeros(1, np.int64))
+    take_tasks(q, b, w, e, g, u, f, state, out, scale, chunk, block, columns, old, exclusive, np.zeros(1, np.int64))
 
 
-def forward_parallel(q, b, w, e, g, u, state, out, scale, chunk, block, columns, old, exclusive, threads):
+def forward_parallel(q, b, w, e, g, u, f, state, out, scale, chunk, block, columns, old, exclusive, threads):
     """On several threads; the same bits."""
     counter = np.zeros(1, np.int64)
     for _ in prange(threads):
-        worker(q, b, w, e, g, u, state, out, scale, chunk, block, columns, old, exclusive, counter)
+        worker(q, b, w, e, g, u, f, state, out, scale, chunk, block, columns, old, exclusive, counter)
 
 
 # ---- calls ---------------------------------------------------------------------------------------------------------------------------
@@ -119,21 +146,23 @@ def forward_parallel(q, b, w, e, g, u, state, out, scale, chunk, block, columns,
 def reason_against(lowered: Lowered) -> str:
     """Why the chunked form does not run a recurrence; "" where it does."""
     steps = lowered.b.shape[3]
+    if lowered.f is not None and lowered.e is not None:
+        return "columns of its state fade, and something is erased"
     return f"a token has {steps} writes; the chunked form takes up to {BLOCK}" if steps > BLOCK else ""
 
 
 def arguments_of(lowered: Lowered) -> tuple[np.ndarray, ...]:
-    """q, b, w, e, g, u, with empty arrays for those that are not there."""
+    """q, b, w, e, g, u, f, with empty arrays for those that are not there."""
     four, five = np.empty((0,) * 4, lowered.q.dtype), np.empty((0,) * 5, lowered.q.dtype)
-    e, g, u = lowered.e, lowered.g, lowered.u
-    return lowered.q, lowered.b, lowered.w, five if e is None else e, four if g is None else g, four if u is None else u
+    e = five if lowered.e is None else lowered.e
+    return lowered.q, lowered.b, lowered.w, e, *(four if x is None else x for x in (lowered.g, lowered.u, lowered.f))
 
 
 def sizes(lowered: Lowered) -> tuple[int, int]:
-    """Tokens of a chunk and of a block."""
+    """Tokens of a chunk and of a block.  Where columns fade, a chunk is a block: what its values take to fade grows with the square of its length."""
     steps = lowered.b.shape[3]
     block = max(1, BLOCK // steps)
-    return max(block, CHUNK // steps // block * block), block
+    return block if lowered.f is not None else max(block, CHUNK // steps // block * block), block
 
 
 def columns_of(lowered: Lowered, threads: int) -> int:
@@ -164,7 +193,7 @@ def backward(lowered: Lowered, d_out: np.ndarray, d_state: np.ndarray, threads: 
         arguments = (*operands, lowered.S0, np.ascontiguousarray(d_out, number), *results, d_S0, number(lowered.scale), *sizes(lowered), values)
         arguments = (*arguments, int(lowered.old), int(lowered.exclusive))
         launch(backward_alone, backward_parallel, lowered.q.dtype, arguments, 3.0 * lowered.q.size * values, threads, kernel)
-    names = ("q", "b", "w", "e", "g", "u")
+    names = ("q", "b", "w", "e", "g", "u", "f")
     found: dict[str, Any] = {name: one for name, one in zip(names, results, strict=True) if getattr(lowered, name) is not None}
     return replace(lowered, S0=d_S0, **found)
 

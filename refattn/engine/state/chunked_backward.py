@@ -8,6 +8,9 @@ and from A, P and the far sides to q, e and b by the same products of decays.  T
 sum of q_t dq_t, e_t de_t and -b_t db_t, it is the sum of L over the tokens from its own to the end of the chunk, and of what the state after the
 chunk owes to them.  Sums end with the chunk, so their rounding does not grow with the sequence.
 
+Where columns fade, every value goes back from the end of the chunk to its own token, and each decay on the way has its gradient there.  The state
+before the chunk owes to them as to those of rows: M is what was read of it, and what is left of it after the chunk, times the cotangents.
+
 States before chunks are needed in reverse: the first pass keeps one in `KEPT` chunks, and from each the chunks up to the next are gone through again.
 A task is a state, from the first pass to the last: its columns owe to the same queries, keys and decays, and nearly all the work is what they share.
 """
@@ -40,6 +43,7 @@ from .chunks import (
     room_at,
     solve,
     times,
+    to_the_end,
     up,
     weigh_all,
 )
@@ -69,6 +73,10 @@ class Back(NamedTuple):
     b_fade: int
     L: int
     d_bonus: int
+    y: int  # what queries read of the state before its columns faded
+    d_f: int
+    M: int  # what L is for keys, of columns and the state before the chunk
+    w_steps: int  # one vector of a value as it fades, token by token
     kept: int
     marks: int
     end: int
@@ -99,11 +107,16 @@ def back_at(like, how, room):
     b_fade = b_near + steps * room.k_row
     L = b_fade + steps * room.k_row
     d_bonus = L + (room.q_rows + 1) * room.k_row
-    kept = up(d_bonus + queries * how.steps * size, 64)
+    y = up(d_bonus + queries * how.steps * size, 64)
+    d_f = y + how.fade * room.q_rows * room.v_row
+    M = d_f + how.fade * room.q_rows * room.v_row
+    w_steps = M + how.fade * (room.q_rows + 1) * room.v_row
+    kept = w_steps + how.fade * room.q_rows * lanes(like) * size
     marks = kept + min(chunks, KEPT) * one_state
     end = marks + (chunks // KEPT + 1) * one_state
     return Back(
-        d_state, turned, d_U, U, d_P, d_A, d_q, d_e, d_b, d_u, far_q, far_e, far_b, b_near, b_fade, L, d_bonus, kept, marks, end
+        d_state, turned, d_U, U, d_P, d_A, d_q, d_e, d_b, d_u, far_q, far_e, far_b, b_near, b_fade, L, d_bonus, y, d_f, M, w_steps, kept, marks,
+        end,
     )  # fmt: skip
 
 
@@ -244,6 +257,49 @@ def bonus_back(like, how, room, back, n):
 
 
 @njit(error_model="numpy", cache=True)
+def fading_back(like, how, room, back, n):
+    """Mirror of `read_fading`: values fade to the end of the chunk, and from what they owe there, in d_U, comes what they owe at first.
+
+    Leaves in the place of d_out what is owed to what queries read of the state.
+    """
+    apart()
+    size, steps, v_row, s_row = element_bytes(like), how.steps, room.v_row, room.s_row
+    wide = lanes(like) * size
+    clear(like, back.d_f, v_row, n, v_row)
+    clear(like, back.M, v_row, n + 1, v_row)
+    for h in range(how.group):
+        clear(like, back.d_P + h * room.q_rows * s_row, s_row, n, s_row)
+    for i in range(n * steps):
+        first, w, d_w = i // steps, room.w + i * v_row, back.d_U + i * v_row
+        for x in range(0, v_row, wide):
+            value, owed = load_at(like, w + x), load_at(like, d_w + x)
+            put_at(back.w_steps + first * wide, value)
+            for t in range(first + 1, n):
+                rolled()
+                value = mul(value, load_at(like, room.f + t * v_row + x))
+                put_at(back.w_steps + t * wide, value)
+            put_at(w + x, value)
+            for t in range(n - 1, first - 1, -1):
+                for h in range(how.group):
+                    rolled()
+                    row = h * room.q_rows + t
+                    d_out, at = load_at(like, room.out + row * v_row + x), row * s_row + i * size
+                    owed = fma(splat_at(like, room.P + at), d_out, owed)
+                    through = total(mul(d_out, load_at(like, back.w_steps + t * wide)))
+                    put_at(back.d_P + at, number_at(like, back.d_P + at) + through)
+                if t > first:
+                    owed, d_f = mul(owed, load_at(like, room.f + t * v_row + x)), back.d_f + t * v_row + x
+                    put_at(d_f, fma(owed, load_at(like, back.w_steps + (t - 1) * wide), load_at(like, d_f)))
+            put_at(d_w + x, owed)
+    one, none, only, of_values = like.dtype.type(1.0), START, ONE, v_row // wide
+    for h in range(how.group):
+        q, d_out = room.q_far + h * room.q_rows * room.k_row, room.out + h * room.q_rows * v_row
+        multiply(like, back.y, v_row, q, room.k_row, size, room.state, v_row, up(n, EIGHT), of_values, how.keys, one, none, WHOLE, only)
+        times(like, d_out, room.f_far + v_row, v_row, only, n, v_row, d_out)
+        add_times(like, d_out, back.y, v_row, only, n, v_row, back.M)
+
+
+@njit(error_model="numpy", cache=True)
 def products_back(like, how, room, back, n, width):
     """d_U up to d_W, d_A, d_P, the far sides and the state: everything that products of matrices give."""
     apart()
@@ -254,9 +310,12 @@ def products_back(like, how, room, back, n, width):
     n_k = k_row // size
     one, none, only = like.dtype.type(1.0), START, ONE
     multiply(like, back.d_U, v_row, room.b_far, k_row, size, back.d_state, v_row, every, of_values, how.keys, one, none, WHOLE, only)
-    for h in range(how.group):
-        P, d_out = room.P + h * room.q_rows * s_row, room.out + h * room.q_rows * v_row
-        multiply(like, back.d_U, v_row, P, size, s_row, d_out, v_row, every, of_values, n, one, only, UPPER, steps)
+    if how.fade:
+        fading_back(like, how, room, back, n)
+    else:
+        for h in range(how.group):
+            P, d_out = room.P + h * room.q_rows * s_row, room.out + h * room.q_rows * v_row
+            multiply(like, back.d_U, v_row, P, size, s_row, d_out, v_row, every, of_values, n, one, only, UPPER, steps)
     if how.erase:
         clear(like, back.d_U + rows * v_row, v_row, every - rows, v_row)
         clear(like, room.A + rows * s_row, s_row, every - rows, s_row)
@@ -267,7 +326,8 @@ def products_back(like, how, room, back, n, width):
     for h in range(how.group):
         d_out = room.out + h * room.q_rows * v_row
         P, q = back.d_P + h * room.q_rows * s_row, back.far_q + h * room.q_rows * k_row
-        multiply(like, P, s_row, d_out, v_row, size, back.U, s_row, up(n, EIGHT), of_steps, width, one, none, LOWER_RESULT, steps)
+        if not how.fade:
+            multiply(like, P, s_row, d_out, v_row, size, back.U, s_row, up(n, EIGHT), of_steps, width, one, none, LOWER_RESULT, steps)
         multiply(like, q, k_row, d_out, v_row, size, back.turned, k_row, up(n, EIGHT), of_keys, width, one, none, WHOLE, only)
     if how.erase:
         multiply(like, back.d_A, s_row, back.d_U, v_row, size, back.U, s_row, every, of_steps, width, -one, none, LOWER_RESULT, only)
@@ -285,6 +345,8 @@ def state_back(like, how, room, back, n, width):
     transpose(like, back.d_state, v_row, back.turned, k_row, n_k, v_row // size)
     multiply(like, back.far_b, k_row, room.w, v_row, size, back.turned, k_row, every, of_keys, width, one, none, WHOLE, only)
     clear(like, back.L, k_row, n + 1, k_row)
+    if how.fade:
+        times(like, back.d_state, room.f_far + n * v_row, START, ONE, how.keys, v_row, back.d_state)
     if how.decay != NO_DECAY:
         for k in range(how.keys):
             place = room.far + (n * k_row + k * size if how.decay == OWN_DECAYS else n * size)
@@ -294,6 +356,9 @@ def state_back(like, how, room, back, n, width):
                 sum_of = fma(load_at(like, room.state + x), load_at(like, back.d_state + x), sum_of)
                 put_at(back.d_state + x, mul(fade, load_at(like, back.d_state + x)))
             put_at(back.L + n * k_row + k * size, number_at(like, place) * total(sum_of))
+    if how.fade:
+        for k in range(how.keys):
+            add_times(like, room.state + k * v_row, back.d_state + k * v_row, v_row, ONE, ONE, v_row, back.M + n * v_row)
     for h in range(how.group):
         q, d_out = room.q_far + h * room.q_rows * k_row, room.out + h * room.q_rows * v_row
         multiply(like, back.d_state, v_row, q, size, k_row, d_out, v_row, n_k, of_values, n, one, only, WHOLE, only)
@@ -381,6 +446,20 @@ def write_decays(like, how, room, back, n, target):
 
 
 @njit(error_model="numpy", cache=True)
+def write_fades(like, how, room, back, n, target):
+    """The same of columns: what fades inside the chunk is there already, and of the state before it there are sums of M from the end."""
+    apart()
+    v_row, size = room.v_row, element_bytes(like)
+    for x in range(0, v_row, lanes(like) * size):
+        sum_of = load_at(like, back.M + n * v_row + x)
+        for t in range(n - 1, -1, -1):
+            rolled()
+            sum_of, d_f = add(sum_of, load_at(like, back.M + t * v_row + x)), back.d_f + t * v_row + x
+            put_at(d_f, add(sum_of, load_at(like, d_f)))
+    deliver(like, back.d_f, v_row, n, how.values, like.dtype.type(1.0), target, how.values * size)
+
+
+@njit(error_model="numpy", cache=True)
 def write_chunk(like, how, room, back, operands, gradients, state, t, n, scale):
     """Gradients of one chunk, where the caller wants them."""
     apart()
@@ -389,6 +468,8 @@ def write_chunk(like, how, room, back, operands, gradients, state, t, n, scale):
     wide = lanes(like) * size
     if how.decay != NO_DECAY:
         write_decays(like, how, room, back, n, gradients.g + token * (k if how.decay == OWN_DECAYS else size))
+    if how.fade:
+        write_fades(like, how, room, back, n, gradients.f + token * v)
     if how.bonus:  # decays have no part in it
         clear(like, back.d_u, k_row, n, k_row)
         fetch(like, operands.u + token * k, k, n, how.keys, one, back.far_e, k_row)
@@ -445,6 +526,8 @@ def head_backward(like, how, room, back, operands, gradients, state, scale, stat
             read_chunk(like, how, room, operands, state, column, width, c * how.chunk, n, NO, scale)
             relate(like, how, room, n, NO)
             solve(like, how, room, n)
+            if how.fade:
+                to_the_end(like, how, room, n)
             advance(like, how, room, n)
         if not back_again:
             continue
@@ -472,15 +555,15 @@ def head_backward(like, how, room, back, operands, gradients, state, scale, stat
 
 
 @njit(error_model="numpy", inline="always")
-def take_tasks(q, b, w, e, g, u, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state, scale, chunk, block, columns, old, exclusive, counter):
+def take_tasks(q, b, w, e, g, u, f, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state, scale, chunk, block, columns, old, exclusive, counter):
     """Takes tasks until there are none."""
     like = lent(q.reshape(q.size))
-    how = how_of(q, b, w, e, g, u, chunk, block, columns, old, exclusive)
+    how = how_of(q, b, w, e, g, u, f, chunk, block, columns, old, exclusive)
     owned = np.zeros(back_at(like, how, room_at(like, how, START, NO)).end + 64, np.uint8)
     room = room_at(like, how, address(owned, 0), NO)
     back = back_at(like, how, room)
-    operands, states = operands_of(q, b, w, e, g, u), address(state, (0, 0, 0, 0))
-    results = operands_of(d_q, d_b, d_w, d_e, d_g, d_u)
+    operands, states = operands_of(q, b, w, e, g, u, f), address(state, (0, 0, 0, 0))
+    results = operands_of(d_q, d_b, d_w, d_e, d_g, d_u, d_f)
     d_outs, d_states = address(d_out, (0, 0, 0, 0)), address(d_state, (0, 0, 0, 0))
     task = take(counter)
     while task < b.shape[0] * b.shape[1]:
@@ -490,19 +573,21 @@ def take_tasks(q, b, w, e, g, u, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_s
 
 
 @njit(error_model="numpy", nogil=True, cache=True)
-def worker(q, b, w, e, g, u, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state, scale, chunk, block, columns, old, exclusive, counter):
+def worker(q, b, w, e, g, u, f, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state, scale, chunk, block, columns, old, exclusive, counter):
     """What each of several threads does; a function of its own, or Numba would look for reductions in it."""
-    take_tasks(q, b, w, e, g, u, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state, scale, chunk, block, columns, old, exclusive, counter)
+    take_tasks(q, b, w, e, g, u, f, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state, scale, chunk, block, columns, old, exclusive, counter)
 
 
-def backward_alone(q, b, w, e, g, u, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state, scale, chunk, block, columns, old, exclusive):
+def backward_alone(q, b, w, e, g, u, f, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state, scale, chunk, block, columns, old, exclusive):
     """On this thread; d_state is the cotangent of the last state, and becomes that of the first."""
     counter = np.zeros(1, np.int64)
-    take_tasks(q, b, w, e, g, u, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state, scale, chunk, block, columns, old, exclusive, counter)
+    take_tasks(q, b, w, e, g, u, f, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state, scale, chunk, block, columns, old, exclusive, counter)
 
 
-def backward_parallel(q, b, w, e, g, u, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state, scale, chunk, block, columns, old, exclusive, threads):
+def backward_parallel(
+    q, b, w, e, g, u, f, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state, scale, chunk, block, columns, old, exclusive, threads
+):
     """On several threads; the same bits."""
     counter = np.zeros(1, np.int64)
     for _ in prange(threads):
-        worker(q, b, w, e, g, u, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state, scale, chunk, block, columns, old, exclusive, counter)
+        worker(q, b, w, e, g, u, f, state, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state, scale, chunk, block, columns, old, exclusive, counter)

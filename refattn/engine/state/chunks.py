@@ -6,6 +6,10 @@ The R writes of a token are steps of their own.  Within a chunk, with D_t for th
     out = Q^ S + P U                    P_tj = q_t . (D_(s_j + 1) ... D_t) b_j        Q^_t = D_1 ... D_t q_t
     S   <- D_1 ... D_n S + B~^T U                                                     B~_j = D_(s_j + 1) ... D_n b_j
 
+Where columns of the state fade too, and nothing is erased, with F_t for the diagonal matrix of theirs,
+
+    out_t = (Q^ S)_t F_1 ... F_t + sum_j P_tj (w_j F_(s_j + 1) ... F_t),    S <- D_1 ... D_n S F_1 ... F_n + B~^T U,    U_j = w_j F_(s_j + 1) ... F_n
+
 where A has the steps j before i and P those that query t sees, and an old erasure or an exclusive query ends its products at t - 1 in place of t.
 
 Every factor is a product of decays, never a quotient, and no logarithm is summed: exp(G_t - G_j) of sums G loses digits when either is large, is
@@ -49,6 +53,7 @@ class How(NamedTuple):
     old: int
     exclusive: int
     bonus: int
+    fade: int  # whether columns do
 
 
 class Operands(NamedTuple):
@@ -60,6 +65,7 @@ class Operands(NamedTuple):
     e: int
     g: int
     u: int
+    f: int
 
 
 class Room(NamedTuple):
@@ -91,6 +97,9 @@ class Room(NamedTuple):
     state: int
     out: int
     a_steps: int  # decays of a block, a row for every step
+    f: int  # decays of columns, a row for every token
+    f_far: int  # F_1 ... F_t, row t
+    f_tail: int  # F_(t + 1) ... F_n, row t
     spare: int  # what the backward pass has beside
 
 
@@ -127,7 +136,10 @@ def room_at(like, how, place, in_place):
     state = up(bonus + how.group * q_rows * how.steps * size, 64)
     out = state + n_k * v_row
     a_steps = out + how.group * q_rows * v_row
-    q_far = a_steps + (BLOCK + 1) * k_row
+    f = a_steps + (BLOCK + 1) * k_row
+    f_far = f + how.fade * q_rows * v_row
+    f_tail = f_far + how.fade * q_rows * v_row
+    q_far = f_tail + how.fade * q_rows * v_row
     e_far = q_far + (0 if in_place else how.group * q_rows * k_row)
     b_far = e_far + (0 if in_place else steps * k_row)
     spare = b_far + (0 if in_place else steps * k_row)
@@ -135,25 +147,26 @@ def room_at(like, how, place, in_place):
         q_far, e_far, b_far = q, e, b
     return Room(
         k_row, v_row, s_row, q_rows, q, b, e, w, a, far, near, tail, pairs, q_near, e_near, b_tail, turned, A, P, q_far, e_far, b_far, bonus, state,
-        out, a_steps, spare,
+        out, a_steps, f, f_far, f_tail, spare,
     )  # fmt: skip
 
 
 @njit(error_model="numpy", cache=True)
-def how_of(q, b, w, e, g, u, chunk, block, columns, old, exclusive):
+def how_of(q, b, w, e, g, u, f, chunk, block, columns, old, exclusive):
     """Sizes and switches, read off the arrays."""
     decay = NO_DECAY if g.size == 0 else ONE_DECAY if g.shape[3] == 1 and q.shape[3] > 1 else OWN_DECAYS
     group, steps = q.shape[1] // b.shape[1], b.shape[3]
     return How(
-        group, q.shape[2], steps, q.shape[3], w.shape[4], chunk, block, columns, decay, int(e.size > 0), old, exclusive, int(u.size > 0)
+        group, q.shape[2], steps, q.shape[3], w.shape[4], chunk, block, columns, decay, int(e.size > 0), old, exclusive, int(u.size > 0),
+        int(f.size > 0),
     )  # fmt: skip
 
 
 @njit(error_model="numpy", inline="always")
-def operands_of(q, b, w, e, g, u):
+def operands_of(q, b, w, e, g, u, f):
     return Operands(
         address(q, (0, 0, 0, 0)), address(b, (0, 0, 0, 0, 0)), address(w, (0, 0, 0, 0, 0)), address(e, (0, 0, 0, 0, 0)), address(g, (0, 0, 0, 0)),
-        address(u, (0, 0, 0, 0)),
+        address(u, (0, 0, 0, 0)), address(f, (0, 0, 0, 0)),
     )  # fmt: skip
 
 
@@ -430,6 +443,10 @@ def read_chunk(like, how, room, operands, state, column, width, t, n, with_queri
     else:
         for i in range(n):
             put_at(room.a + i * size, one)
+    if how.fade:
+        fetch(like, operands.f + token * v + column * size, v, n, width, one, room.f, room.v_row)
+        exponentials(like, room.f, n * room.v_row // (size * lanes(like)))
+        ahead(like, room.f, n, room.v_row, room.f_far)
     if with_queries:
         for h in range(how.group):
             q = room.q + h * room.q_rows * room.k_row
@@ -497,6 +514,14 @@ def solve(like, how, room, n):
 
 
 @njit(error_model="numpy", cache=True)
+def to_the_end(like, how, room, n):
+    """Values as faded as they are at the end of the chunk, in their place."""
+    apart()
+    behind(like, room.f, n, room.v_row, room.f_tail)
+    times(like, room.w, room.f_tail, room.v_row, how.steps, n * how.steps, room.v_row, room.w)
+
+
+@njit(error_model="numpy", cache=True)
 def advance(like, how, room, n):
     """The state after the chunk in place of that before it."""
     apart()
@@ -508,6 +533,8 @@ def advance(like, how, room, n):
             for x in range(room.state + k * room.v_row, room.state + (k + 1) * room.v_row, wide):
                 rolled()
                 put_at(x, mul(fade, load_at(like, x)))
+    if how.fade:
+        times(like, room.state, room.f_far + n * room.v_row, START, ONE, how.keys, room.v_row, room.state)
     vectors, one = room.v_row // wide, like.dtype.type(1.0)
     multiply(
         like, room.state, room.v_row, room.b_far, size, room.k_row, room.w, room.v_row, up(how.keys, EIGHT), vectors, rows, one, ONE, WHOLE,

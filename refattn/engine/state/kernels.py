@@ -13,12 +13,12 @@ from numba import types
 
 #: Number of axes of every array argument, by name.
 _AXES = {
-    **dict.fromkeys(("q", "g", "u", "state", "out", "d_q", "d_g", "d_u", "d_state", "d_out"), 4),
+    **dict.fromkeys(("q", "g", "u", "f", "state", "out", "d_q", "d_g", "d_u", "d_f", "d_state", "d_out"), 4),
     **dict.fromkeys(("b", "w", "e", "kept", "d_b", "d_w", "d_e"), 5),
 }
 _WRITTEN = {
     "forward": {"state", "kept", "out"},
-    "backward": {"d_q", "d_g", "d_u", "d_state", "d_b", "d_w", "d_e"},
+    "backward": {"d_q", "d_g", "d_u", "d_f", "d_state", "d_b", "d_w", "d_e"},
 }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 class Lowered:
     """Arrays of one format, float32 or float64, C-contiguous; H states, each read by Hq // H query heads (query head h by state h // (Hq // H)).
 
-        S <- exp(g_t) * S                                   g_t over the rows of S, or one number
+        S <- exp(g_t) * S * exp(f_t)                        g_t over the rows of S, or one number; f_t over its columns
         S <- S + b_r (w_r - e_r^T S)^T    for r = 0 .. R-1  in this order; if `old`, every e_r reads S as it was before the token, not faded
         out_t = scale * q_t^T S                             or, if `exclusive`, with S as it was before the token, not faded, and
         out_t = scale * q_t^T (S + sum_r (u_t * b_r) w_r^T)
@@ -30,6 +30,8 @@ class Lowered:
         What an erasure reads, [B, H, T, R, K]; None: nothing is erased.
     u
         Bonus of the token's own keys, [B, H, T, K], of exclusive reads only; None: the token does not see itself.
+    f
+        Logarithm of the decay of columns, [B, H, T, V], where nothing is `old` or `exclusive`.  None: they do not fade.
     """
 
     q: np.ndarray
@@ -39,6 +41,7 @@ class Lowered:
     g: np.ndarray | None = None
     e: np.ndarray | None = None
     u: np.ndarray | None = None
+    f: np.ndarray | None = None
     old: bool = False
     exclusive: bool = False
     scale: float = 1.0

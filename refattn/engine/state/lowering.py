@@ -170,8 +170,8 @@ class Lowering:
         assert problem.recurrence is not None
         self.problem, self.rule, self.format = problem, problem.recurrence, format_of(problem)
         rule, self.places = self.rule, places_of(self.rule.heads, self.rule.steps)
-        self.query, self.decay, self.gate, self.bonus, self.skip = map(
-            self._product, (rule.query, rule.log_decay, rule.input_gate, rule.bonus, rule.skip)
+        self.query, self.decay, self.fade, self.gate, self.bonus, self.skip = map(
+            self._product, (rule.query, rule.log_decay, rule.log_value_decay, rule.input_gate, rule.bonus, rule.skip)
         )
         self.writes: list[_Write] = []
         for write in rule.writes:
@@ -180,7 +180,7 @@ class Lowering:
             self.writes.append(_Write(*parts, slice(first, first + max(p.sizes[WRITES] for p in parts))))
         self.batch = problem.dims.get("B", 1)
         keyed = [self.decay, self.bonus, *(p for w in self.writes for p in (w.key, w.erase))]
-        written = [*keyed, self.gate, *(w.value for w in self.writes)]
+        written = [*keyed, self.fade, self.gate, *(w.value for w in self.writes)]
         self.states = max(p.sizes[HEADS] for p in written)
         self.heads = max(self.states, self.query.sizes[HEADS], self.skip.sizes[HEADS])
         self.n_keys = max(p.sizes[WIDTH] for p in (self.query, *keyed))
@@ -231,6 +231,7 @@ class Lowering:
         e = self._writes("erase", self.n_keys) if any(w.erase.factors for w in self.writes) else None
         g = self._full(self.decay, self.states, 1, self.decay.sizes[WIDTH])[:, :, :, 0] if rule.log_decay else None
         u = self._full(self.bonus, self.states, 1, self.n_keys)[:, :, :, 0] if rule.bonus else None
+        f = self._full(self.fade, self.states, 1, self.n_values)[:, :, :, 0] if rule.log_value_decay else None
         initial = self._initial(rule.initial, self.n_values)
         if rule.input_gate:
             b, g = self._stabilised(b, g)
@@ -238,7 +239,7 @@ class Lowering:
             ones = [np.full((*values.shape[:WRITES], w.where.stop - w.where.start, 1), bool(w.value.factors), self.format) for w in self.writes]
             values = np.concatenate([values, _joined(ones)], axis=WIDTH)
             initial = np.concatenate([initial, self._initial(rule.mass, 1)], axis=3)
-        g, e, u = (None if x is None else np.ascontiguousarray(self._placed(x, self.wrote)) for x in (g, e, u))
+        g, e, u, f = (None if x is None else np.ascontiguousarray(self._placed(x, self.wrote)) for x in (g, e, u, f))
         return Lowered(
             q=np.ascontiguousarray(q),
             b=np.ascontiguousarray(self._placed(b, self.wrote)),
@@ -247,6 +248,7 @@ class Lowering:
             g=g,
             e=e,
             u=u,
+            f=f,
             old=any(w.old for w in rule.writes),
             exclusive=rule.exclusive,
             scale=1.0 if rule.normalizer else rule.scale,
@@ -388,6 +390,8 @@ class Lowering:
                 w.erase.gradients(found.e[:, :, self.wrote, w.where], into)
         if rule.log_decay:
             self.decay.gradients(d_g[:, :, :, None], into)
+        if found.f is not None:
+            self.fade.gradients(found.f[:, :, self.wrote, None], into)
         if found.u is not None:
             self.bonus.gradients(found.u[:, :, self.wrote, None], into)
         into[rule.initial] = self._given(rule.initial, d_initial[..., : self.n_values])

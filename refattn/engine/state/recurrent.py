@@ -87,6 +87,16 @@ def decays(g, factors):
 
 
 @njit(error_model="numpy", cache=True)
+def fade_columns(f, factors, S):
+    """S = S * exp(f)"""
+    for y in range(len(f)):
+        factors[y] = math.exp(f[y])
+    for x in range(S.shape[0]):
+        for y in range(len(f)):
+            S[x, y] *= factors[y]
+
+
+@njit(error_model="numpy", cache=True)
 def update(b, w, e, g, old, q, reads, scale, S, changes, factors, found):
     """S after one token whose writes are b, w, e [R, .], and what each wrote; if `reads`, found = scale * q^T S then.
 
@@ -133,11 +143,11 @@ def dot(one, two):
 
 
 @njit(error_model="numpy", cache=True)
-def forward_head(n, h, q, b, w, e, g, u, old, exclusive, scale, every, state, kept, out):
+def forward_head(n, h, q, b, w, e, g, u, f, old, exclusive, scale, every, state, kept, out):
     """One state through all its tokens; S before token t is kept where `every` divides t."""
     heads, group, n_tokens = state.shape[1], q.shape[1] // state.shape[1], q.shape[2]
     S = state[n, h]
-    changes, factors = np.empty(w.shape[3:], q.dtype), np.empty((3, S.shape[0]), q.dtype)
+    changes, factors, columns = np.empty(w.shape[3:], q.dtype), np.empty((3, S.shape[0]), q.dtype), np.empty(S.shape[1], q.dtype)
     nothing, none = np.empty((0, 0), q.dtype), np.empty(0, q.dtype)
     for t in range(n_tokens):
         if kept.shape[1] == heads and t % every == 0:
@@ -150,6 +160,8 @@ def forward_head(n, h, q, b, w, e, g, u, old, exclusive, scale, every, state, ke
                         seen = scale * own(q[n, i, t], b[n, h, t, r], u[n, h, t])
                         for y in range(w.shape[4]):
                             out[n, i, t, y] += seen * w[n, h, t, r, y]
+        if f.shape[1] == heads:
+            fade_columns(f[n, h, t], columns, S)
         update(
             b[n, h, t], w[n, h, t], e[n, h, t] if e.shape[1] == heads else nothing, g[n, h, t] if g.shape[1] == heads else none, old,
             q[n, h * group, t], not exclusive, scale, S, changes, factors, out[n, h * group, t],
@@ -160,28 +172,28 @@ def forward_head(n, h, q, b, w, e, g, u, old, exclusive, scale, every, state, ke
 
 
 @njit(error_model="numpy", nogil=True, cache=True)
-def forward_worker(counter, q, b, w, e, g, u, old, exclusive, scale, every, state, kept, out):
+def forward_worker(counter, q, b, w, e, g, u, f, old, exclusive, scale, every, state, kept, out):
     """Takes heads until there are none; a function of its own, or Numba would look for reductions in it."""
-    held = (q, b, w, e, g, u, state, kept, out)
-    q, b, w, e, g, u, state, kept, out = lent(held)
+    held = (q, b, w, e, g, u, f, state, kept, out)
+    q, b, w, e, g, u, f, state, kept, out = lent(held)
     heads = state.shape[1]
     task = take(counter)
     while task < state.shape[0] * heads:
-        forward_head(task // heads, task % heads, q, b, w, e, g, u, old, exclusive, scale, every, state, kept, out)
+        forward_head(task // heads, task % heads, q, b, w, e, g, u, f, old, exclusive, scale, every, state, kept, out)
         task = take(counter)
     hold(held)
 
 
-def forward_alone(q, b, w, e, g, u, old, exclusive, scale, every, state, kept, out):
+def forward_alone(q, b, w, e, g, u, f, old, exclusive, scale, every, state, kept, out):
     """On this thread."""
-    forward_worker(np.zeros(1, np.int64), q, b, w, e, g, u, old, exclusive, scale, every, state, kept, out)
+    forward_worker(np.zeros(1, np.int64), q, b, w, e, g, u, f, old, exclusive, scale, every, state, kept, out)
 
 
-def forward_parallel(q, b, w, e, g, u, old, exclusive, scale, every, state, kept, out, threads):
+def forward_parallel(q, b, w, e, g, u, f, old, exclusive, scale, every, state, kept, out, threads):
     """On several threads; the same bits."""
     counter = np.zeros(1, np.int64)
     for _ in prange(threads):
-        forward_worker(counter, q, b, w, e, g, u, old, exclusive, scale, every, state, kept, out)
+        forward_worker(counter, q, b, w, e, g, u, f, old, exclusive, scale, every, state, kept, out)
 
 
 def forward(lowered: Lowered, threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -260,6 +272,17 @@ def unfaded(g, S, d_g, dS):
 
 
 @njit(error_model="numpy", cache=True)
+def unfaded_columns(f, S, d_f, dS):
+    """Of S = S * exp(f) before, gradients of f and of S before."""
+    for y in range(len(f)):
+        factor, total = math.exp(f[y]), f.dtype.type(0.0)
+        for x in range(S.shape[0]):
+            dS[x, y] *= factor
+            total += dS[x, y] * S[x, y]
+        d_f[y] = total
+
+
+@njit(error_model="numpy", cache=True)
 def backward_token(before, b, w, e, g, old, d_b, d_w, d_e, d_g, dS, steps, changes, d_changes, factors):
     """dS from that of the state after a token to that of the state before it, and the gradients of its writes and decay.
 
@@ -297,7 +320,7 @@ def backward_token(before, b, w, e, g, old, d_b, d_w, d_e, d_g, dS, steps, chang
 
 
 @njit(error_model="numpy", cache=True)
-def backward_head(n, h, q, b, w, e, g, u, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state):
+def backward_head(n, h, q, b, w, e, g, u, f, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state):
     """One state back through all its tokens; d_state turns from the gradient of the last state into that of the first."""
     heads, group, n_tokens = d_state.shape[1], q.shape[1] // d_state.shape[1], q.shape[2]
     dS = d_state[n, h]
@@ -306,12 +329,15 @@ def backward_head(n, h, q, b, w, e, g, u, old, exclusive, scale, every, kept, d_
     steps = np.empty((b.shape[3], n_keys, n_values), q.dtype)
     changes, d_changes, factors = np.empty(w.shape[3:], q.dtype), np.empty(w.shape[3:], q.dtype), np.empty((3, n_keys), q.dtype)
     nothing, none = np.empty((0, 0), q.dtype), np.empty(0, q.dtype)
-    fades, erases = g.shape[1] == heads, e.shape[1] == heads
+    columns, begun = np.empty(n_values, q.dtype), np.empty((n_keys, n_values), q.dtype)
+    fades, erases, columns_fade = g.shape[1] == heads, e.shape[1] == heads, f.shape[1] == heads
     for segment in range(kept.shape[2] - 1, -1, -1):
         first, end = segment * every, min((segment + 1) * every, n_tokens)
         states[0] = kept[n, h, segment]
         for t in range(first, end):
             states[t - first + 1] = states[t - first]
+            if columns_fade:
+                fade_columns(f[n, h, t], columns, states[t - first + 1])
             update(
                 b[n, h, t], w[n, h, t], e[n, h, t] if erases else nothing, g[n, h, t] if fades else none, old,
                 none, False, scale, states[t - first + 1], changes, factors, none,
@@ -321,11 +347,16 @@ def backward_head(n, h, q, b, w, e, g, u, old, exclusive, scale, every, kept, d_
             if not exclusive:
                 for i in range(h * group, (h + 1) * group):
                     unread(q[n, i, t], d_out[n, i, t], after, scale, d_q[n, i, t], dS)
+            if columns_fade:
+                begun[:, :] = before
+                fade_columns(f[n, h, t], columns, begun)
             backward_token(
-                before, b[n, h, t], w[n, h, t], e[n, h, t] if erases else nothing, g[n, h, t] if fades else none, old,
+                begun if columns_fade else before, b[n, h, t], w[n, h, t], e[n, h, t] if erases else nothing, g[n, h, t] if fades else none, old,
                 d_b[n, h, t], d_w[n, h, t], d_e[n, h, t] if erases else nothing, d_g[n, h, t] if fades else none,
                 dS, steps, changes, d_changes, factors,
             )  # fmt: skip
+            if columns_fade:
+                unfaded_columns(f[n, h, t], before, d_f[n, h, t], dS)
             if exclusive:
                 for i in range(h * group, (h + 1) * group):
                     unread(q[n, i, t], d_out[n, i, t], before, scale, d_q[n, i, t], dS)
@@ -338,29 +369,29 @@ def backward_head(n, h, q, b, w, e, g, u, old, exclusive, scale, every, kept, d_
 
 
 @njit(error_model="numpy", nogil=True, cache=True)
-def backward_worker(counter, q, b, w, e, g, u, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state):
+def backward_worker(counter, q, b, w, e, g, u, f, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state):
     """Takes heads until there are none."""
-    held = (q, b, w, e, g, u, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state)
-    q, b, w, e, g, u, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state = lent(held)
+    held = (q, b, w, e, g, u, f, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state)
+    q, b, w, e, g, u, f, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state = lent(held)
     heads = d_state.shape[1]
     task = take(counter)
     while task < d_state.shape[0] * heads:
         where = task // heads, task % heads
-        backward_head(where[0], where[1], q, b, w, e, g, u, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state)
+        backward_head(where[0], where[1], q, b, w, e, g, u, f, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state)
         task = take(counter)
     hold(held)
 
 
-def backward_alone(q, b, w, e, g, u, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state):
+def backward_alone(q, b, w, e, g, u, f, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state):
     """On this thread."""
-    backward_worker(np.zeros(1, np.int64), q, b, w, e, g, u, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state)
+    backward_worker(np.zeros(1, np.int64), q, b, w, e, g, u, f, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state)
 
 
-def backward_parallel(q, b, w, e, g, u, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state, threads):
+def backward_parallel(q, b, w, e, g, u, f, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state, threads):
     """On several threads; the same bits."""
     counter = np.zeros(1, np.int64)
     for _ in prange(threads):
-        backward_worker(counter, q, b, w, e, g, u, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_state)
+        backward_worker(counter, q, b, w, e, g, u, f, old, exclusive, scale, every, kept, d_out, d_q, d_b, d_w, d_e, d_g, d_u, d_f, d_state)
 
 
 def backward(lowered: Lowered, d_out: np.ndarray, d_state: np.ndarray, threads: int | None = None) -> Lowered:
@@ -371,8 +402,8 @@ def backward(lowered: Lowered, d_out: np.ndarray, d_state: np.ndarray, threads: 
     kept = np.empty((*state.shape[:2], -(-n_tokens // every), *state.shape[2:]), format_)
     _forward(lowered, state, kept, every, threads)
     d_S0 = np.array(d_state, format_, order="C")
-    found = {name: np.zeros(x.shape, format_) for name in ("q", "b", "w", "e", "g", "u") if (x := getattr(lowered, name)) is not None}
-    results = (found.get(name, _absent(name, format_)) for name in ("q", "b", "w", "e", "g", "u"))
+    found = {name: np.zeros(x.shape, format_) for name in ("q", "b", "w", "e", "g", "u", "f") if (x := getattr(lowered, name)) is not None}
+    results = (found.get(name, _absent(name, format_)) for name in ("q", "b", "w", "e", "g", "u", "f"))
     arguments = (*inputs(lowered), every, kept, np.ascontiguousarray(d_out, format_), *results, d_S0)
     launch(backward_alone, backward_parallel, format_, arguments, 4.0 * work(lowered), threads, kernel)
     return Lowered(S0=d_S0, **found, old=lowered.old, exclusive=lowered.exclusive, scale=lowered.scale)
@@ -383,13 +414,13 @@ def work(lowered: Lowered) -> float:
     n_keys, n_values = lowered.S0.shape[2:]
     reads, states = lowered.q.shape[0] * lowered.q.shape[1] * lowered.q.shape[2], lowered.b.shape[0] * lowered.b.shape[1] * lowered.b.shape[2]
     writes = lowered.b.shape[3] * (1 if lowered.e is None else 2)
-    return float(n_keys * n_values * (reads + states * (writes + (lowered.g is not None))))
+    return float(n_keys * n_values * (reads + states * (writes + (lowered.g is not None) + (lowered.f is not None))))
 
 
 def inputs(lowered: Lowered) -> tuple[object, ...]:
     """The arguments that kernels begin with; arrays that are absent have no element."""
     format_ = lowered.S0.dtype
-    arrays = (_absent(name, format_) if (x := getattr(lowered, name)) is None else x for name in ("q", "b", "w", "e", "g", "u"))
+    arrays = (_absent(name, format_) if (x := getattr(lowered, name)) is None else x for name in ("q", "b", "w", "e", "g", "u", "f"))
     return (*arrays, int(lowered.old), int(lowered.exclusive), format_.type(lowered.scale))
 
 

@@ -75,7 +75,15 @@ def repeated(problem: Problem) -> Repeated | None:
 def _lies_plainly(problem: Problem) -> bool:
     """Whether every operand is there, in the kernels' format and order, for one write and a read that nothing is done with."""
     rule = problem.recurrence
-    if rule is None or rule.normalizer or rule.input_gate or rule.skip or len(rule.writes) != 1 or rule.initial not in problem.given:
+    if (
+        rule is None
+        or rule.log_value_decay
+        or rule.normalizer
+        or rule.input_gate
+        or rule.skip
+        or len(rule.writes) != 1
+        or rule.initial not in problem.given
+    ):
         return False
     format_ = format_of(problem)
     plain = all(o.within is None and o.kind == "real" and not o.broadcast and o.name in problem.given for o in problem.variant.operands)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...errors import BackendUnavailableError
 from ...problem import Problem
-from ...spec import Dims, Recurrence, Variant
+from ...spec import Dims, Recurrence, Reduction, Variant
 
 FORMS = ("recurrent", "quadratic", "chunked")
 
@@ -19,7 +19,7 @@ FORMS = ("recurrent", "quadratic", "chunked")
 def reason_against(problem: Problem) -> str:
     """Why the engine does not run a problem; "" where it does."""
     if problem.reduction is not None:
-        return _reason_against_rule(problem.reduction.recurrence)
+        return _reason_against_passes(problem.reduction)
     rule = problem.recurrence
     if rule is None:
         return "it has no recurrence"
@@ -29,11 +29,17 @@ def reason_against(problem: Problem) -> str:
 
 def reason_against_variant(variant: Variant, dims: Dims, params: Mapping[str, Any]) -> str:
     """Why the engine does not run a variant with such parameters; "" where it does."""
-    if variant.reduction is not None:
-        return _reason_against_rule(variant.reduction(dims, params).recurrence)
-    assert variant.recurrence is not None
+    reduction = None if variant.reduction is None else variant.reduction(dims, params)
+    if reduction is not None:
+        return _reason_against_passes(reduction)
+    if variant.recurrence is None:
+        return "it has no recurrence"
     rule = variant.recurrence(dims, params)
     return _reason_against_rule(rule) or _reason_against_carried(variant, rule)
+
+
+def _reason_against_passes(reduction: Reduction) -> str:
+    return next(filter(None, (_reason_against_rule(one.recurrence) for one in reduction.passes)), "")
 
 
 def _reason_against_rule(rule: Recurrence) -> str:
@@ -43,6 +49,10 @@ def _reason_against_rule(rule: Recurrence) -> str:
         return "there is no kernel for what fades or erases and is not causal"
     if len({w.old for w in rule.writes if w.erase}) > 1:
         return "there is no kernel for erasures of which some read the state before the token"
+    if rule.log_value_decay and (rule.exclusive or not rule.causal or rule.normalizer or rule.input_gate or any(w.old for w in rule.writes)):
+        return (
+            "there is no kernel for columns that fade beside an exclusive read, an old erasure, a normaliser or an input gate, or without causality"
+        )
     if rule.steps and len(rule.writes) > 1:
         return "there is no kernel for several writes of several steps"
     return ""
@@ -86,8 +96,7 @@ def run(
         That form cannot express the problem.
     """
     if problem.reduction is not None:
-        reduced = _loaded().Reduced(problem)
-        return reduced.outputs(run(reduced.problem, form, threads))
+        return _loaded().Reduced(problem).outputs(functools.partial(run, form=form, threads=threads))
     lowering = _loaded().Lowering(problem)
     how = _form(problem, lowering.lowered, form)
     home = lowering.home(homes) if how is _loaded().recurrent else None
@@ -130,9 +139,8 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], form: str 
         That form cannot express the problem.
     """
     if problem.reduction is not None:
-        reduced = _loaded().Reduced(problem, trace=True)
-        ends = reduced.cotangents(cotangents, run(reduced.problem, form, threads))
-        return reduced.gradients(gradients(reduced.problem, ends, form, threads))
+        forward, backward = (functools.partial(one, form=form, threads=threads) for one in (run, gradients))
+        return _loaded().Reduced(problem, trace=True).gradients(cotangents, forward, backward)
     lowering = _loaded().Lowering(problem)
     how = _form(problem, lowering.lowered, form)
     outputs = how.forward(lowering.lowered, threads) if lowering.needs_outputs else None

@@ -21,7 +21,8 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.pieces.feature_maps import softmax_features
+from refattn.spec import Cost, Example, Factor, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, write, initial_slot_keys, initial_slot_values, initial_mass, initial_max, scale):
@@ -73,6 +74,60 @@ def define(q, k, v, write, initial_slot_keys, initial_slot_values, initial_mass,
                         for y in range(d_v):
                             out[b, h, t, y] += weight[z] * slot_values[b, g, z, y]
     return out, slot_keys, slot_values, mass, top
+
+
+def reduction(dims, params):
+    """What has been written to each slot, then gated linear attention of keys, a column each slot, then of values, a row each slot."""
+    slots = "B Hkv T Z"
+
+    def relative(x):
+        """Weights and gates relative to the running maximum, and the last maximum."""
+        m = np.maximum.accumulate(np.concatenate([x["initial_max"][:, :, None], x["write"]], axis=2), axis=2)
+        before, after = m[:, :, :-1], np.where(m[:, :, 1:] == -np.inf, 0.0, m[:, :, 1:])
+        return np.exp(x["write"] - after), before - after, m[:, :, -1]
+
+    def weights(x):
+        new, gate, _ = relative(x)
+        return {"new": new, "gate": gate, "initial_state": x["initial_mass"]}
+
+    def masses(x, found):
+        new, gate, top = relative(x)
+        return {"new": new, "gate": gate, "share": 1.0 / np.where(found["out"] == 0.0, 1.0, found["out"]), "mass": found["state"], "max": top}
+
+    def keys(x):
+        return {**{name: x[name] for name in ("q", "k", "new", "gate")}, "initial_state": np.swapaxes(x["initial_slot_keys"], -1, -2)}
+
+    def scores(x, found):
+        share = np.repeat(x["share"], dims["Hq"] // dims["Hkv"], axis=1)
+        return {"scores": found["out"] * share, "slot_keys": np.swapaxes(found["state"], -1, -2)}
+
+    def values(x):
+        return {**{name: x[name] for name in ("scores", "share", "new", "gate", "v")}, "initial_state": x["initial_slot_values"]}
+
+    def outputs(x, found):
+        return {"out": found["out"], "slot_values": found["state"], **{name: x[name] for name in ("slot_keys", "mass", "max")}}
+
+    scale = dims["D"] ** -0.5 if params["scale"] is None else params["scale"]
+    of_values = Reduction(
+        Recurrence((Write(("new",), ("v",)),), query=(Factor("scores", softmax_features), "share"), log_decay=("gate",)),
+        {"scores": "B Hq T Z", "share": slots, "new": slots, "gate": slots, "v": "B Hkv T E", "initial_state": "B Hkv Z E", "out": "B Hq T E"},
+        values,
+        outputs,
+    )
+    of_keys = Reduction(
+        Recurrence((Write(("k",), ("new",)),), log_value_decay=("gate",), scale=scale),
+        {"q": "B Hq T D", "k": "B Hkv T D", "new": slots, "gate": slots, "initial_state": "B Hkv D Z", "out": "B Hq T Z"},
+        keys,
+        scores,
+        of_values,
+    )
+    return Reduction(
+        Recurrence((Write((), ("new",)),), query=(), log_value_decay=("gate",)),
+        {"new": slots, "gate": slots, "initial_state": "B Hkv Z", "out": slots},
+        weights,
+        masses,
+        of_keys,
+    )
 
 
 CARRIED = ("slot_keys", "slot_values", "mass", "max")
@@ -166,6 +221,7 @@ VARIANT = Variant(
         Param("scale", Number(optional=True), None, "multiplies q . K; None is 1/sqrt(D)", absent=lambda dims: dims["D"] ** -0.5, tries=(0.37,)),
     ),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="B*T*Z*(Hkv*(6 + 3*D + 3*E) + Hq*(2*D + 7 + 2*E))",
         memory="B*(Hq*T*E + Hkv*Z*(D + E + 2)) + Z",

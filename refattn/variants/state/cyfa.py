@@ -13,8 +13,9 @@ logarithm of alpha; the paper's delta lies in (0, 1).  Query head h has a readou
 
 For odd Z moves add up, P(a) P(b) = P(a + b), so that what is as old as lambda_t - lambda_j, with lambda the sum of the deltas so far, has the
 weight P(lambda_t - lambda_j)_z0 in slot z.  The Fourier coefficients of the slots, turned back by lambda_t, only fade, which makes it two
-linear attentions of one gate a head with a softmax between: the authors' way of computing it, and an identity here.  For even Z, which the
-authors' code refuses, the last cosine counts once; moves by parts of a slot then do not add up.
+linear attentions of one gate a head with a softmax between: the authors' way of computing it, an identity here, and the engine's form; it rounds
+what a slot holds to the size of the fullest, where the definition keeps an empty slot empty.  For even Z, which the authors' code refuses, the
+last cosine counts once; moves by parts of a slot then do not add up.
 
 What people get wrong: the number of slots, which is flash-linear-attention's num_slots - 1, its readout's width (one of the num_slots numbers
 it stores per channel, the sine of frequency 0, is always 0); carrying its state on without the clock lambda, which says how far it is
@@ -29,7 +30,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, gate, delta, beta, readout, initial_slot_keys, initial_slot_values, scale):
@@ -100,6 +101,67 @@ def define(q, k, v, gate, delta, beta, readout, initial_slot_keys, initial_slot_
                         for y in range(d_v):
                             out[b, h, t, y] += share[w] * slot_values[b, g, w, y]
     return out, slot_keys, slot_values
+
+
+def reduction(dims, params):
+    """For odd Z: the slots' Fourier coefficients, turned back by the clock, are those of two linear attentions of one gate a head."""
+    slots, group = dims["Z"], dims["Hq"] // dims["Hkv"]
+    if slots % 2 == 0:
+        return None
+    p = np.arange(slots // 2 + 1)
+    size, at = np.sqrt(np.minimum(p + 1, 2) / slots), 2.0 * math.pi / slots * p
+    places = at * np.arange(slots)[:, None]
+    basis = np.concatenate([size * np.cos(places), size * np.sin(places)], axis=-1)
+
+    def turned(x, clock):
+        """Coefficients, moved on by so many slots."""
+        cos, sin = np.cos(at * clock[..., None]), np.sin(at * clock[..., None])
+        even, odd = x[..., : len(p)], x[..., len(p) :]
+        return np.concatenate([cos * even - sin * odd, sin * even + cos * odd], axis=-1)
+
+    def clock(x):
+        return np.cumsum(x["delta"], axis=2)
+
+    def after(x, state):
+        """Slots after the last token, a column each."""
+        return turned(state, np.sum(x["delta"], axis=2)[..., None]) @ basis.T
+
+    def keys(x):
+        write = x["beta"][..., None] * turned(basis[0], -clock(x))
+        start = np.swapaxes(x["initial_slot_keys"], -1, -2) @ basis
+        return {"q": x["q"], "k": x["k"], "write": write, "gate": x["gate"], "initial_state": start}
+
+    def read(x, found):
+        now, rows = np.repeat(clock(x), group, axis=1), x["readout"] @ basis
+        scores = turned(found["out"], now) @ np.swapaxes(rows, -1, -2)
+        weights = np.exp(scores - np.maximum.accumulate(scores, axis=-1)[..., -1:])
+        weights = weights / np.sum(weights, axis=-1, keepdims=True)
+        return {"read": turned(weights @ rows, -now), "slot_keys": np.swapaxes(after(x, found["state"]), -1, -2)}
+
+    def values(x):
+        write = x["beta"][..., None] * turned(basis[0], -clock(x))
+        start = np.swapaxes(basis, 0, 1) @ x["initial_slot_values"]
+        return {"read": x["read"], "write": write, "v": x["v"], "gate": x["gate"], "initial_state": start}
+
+    def outputs(x, found):
+        if dims["T"] == 0:  # not to coefficients and back
+            return {"out": found["out"], "slot_keys": x["initial_slot_keys"], "slot_values": x["initial_slot_values"]}
+        slot_values = np.swapaxes(after(x, np.swapaxes(found["state"], -1, -2)), -1, -2)
+        return {"out": found["out"], "slot_keys": x["slot_keys"], "slot_values": slot_values}
+
+    scale = dims["D"] ** -0.5 if params["scale"] is None else params["scale"]
+    return Reduction(
+        Recurrence((Write(("k",), ("write",)),), log_decay=("gate",), scale=scale),
+        {"q": "B Hq T D", "k": "B Hkv T D", "write": "B Hkv T N", "gate": "B Hkv T", "initial_state": "B Hkv D N", "out": "B Hq T N"},
+        keys,
+        read,
+        Reduction(
+            Recurrence((Write(("write",), ("v",)),), query=("read",), log_decay=("gate",)),
+            {"read": "B Hq T N", "write": "B Hkv T N", "v": "B Hkv T E", "gate": "B Hkv T", "initial_state": "B Hkv N E", "out": "B Hq T E"},
+            values,
+            outputs,
+        ),
+    )
 
 
 TOKENS = ("q", "k", "v", "gate", "delta", "beta")
@@ -202,6 +264,7 @@ VARIANT = Variant(
         Param("scale", Number(optional=True), None, "multiplies R K q; None is 1/sqrt(D)", absent=lambda dims: dims["D"] ** -0.5, tries=(0.37,)),
     ),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="B*T*(Hkv*(1 + Z*(7*(Z//2) + 1 + (2*Z + 1)*(D + E)) + 2*(D + E)) + Hq*Z*(2*D + 4*Z + 5 + 2*E))",
         memory="B*(Hq*T*E + Hkv*Z*(D + E)) + Z*(D + E + 4)",

@@ -8,7 +8,8 @@ The paper calls it GSA, a name that global self-attention also has.  ``slot_keys
 puts the token in its place.  Query head h reads the slots of head ``h // (Hq // Hkv)``.  ``scale`` is 1/sqrt(D) if None, as in
 flash-linear-attention.
 
-It is two gated linear attentions, of keys and of values, with a softmax between: the paper's way of computing it, and an identity here.
+It is two gated linear attentions, of keys and of values, with a softmax between: the paper's way of computing it, the engine's, and an
+identity here.
 
 What people get wrong: 1 - exp(gate) of a gate near 0, which loses its digits; the write weight as an operand that need not be 1 - alpha
 (flash-linear-attention's s, from which it makes attention with bounded-memory control where the gate is absent); slots empty at first,
@@ -21,7 +22,8 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.pieces.feature_maps import softmax_features
+from refattn.spec import Cost, Example, Factor, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, gate, initial_slot_keys, initial_slot_values, scale):
@@ -63,6 +65,38 @@ def define(q, k, v, gate, initial_slot_keys, initial_slot_values, scale):
                         for y in range(d_v):
                             out[b, h, t, y] += weight[z] * slot_values[b, g, z, y]
     return out, slot_keys, slot_values
+
+
+def reduction(dims, params):
+    """Gated linear attention of keys, a column each slot, then of values, a row each slot; a softmax of the first's reads is the second's queries."""
+    slots = "B Hkv T Z"
+
+    def keys(x):
+        slot_keys = np.swapaxes(x["initial_slot_keys"], -1, -2)
+        return {"q": x["q"], "k": x["k"], "new": -np.expm1(x["gate"]), "gate": x["gate"], "initial_state": slot_keys}
+
+    def scores(x, found):
+        return {"scores": found["out"], "slot_keys": np.swapaxes(found["state"], -1, -2)}
+
+    def values(x):
+        return {"scores": x["scores"], "new": -np.expm1(x["gate"]), "v": x["v"], "gate": x["gate"], "initial_state": x["initial_slot_values"]}
+
+    def outputs(x, found):
+        return {"out": found["out"], "slot_keys": x["slot_keys"], "slot_values": found["state"]}
+
+    scale = dims["D"] ** -0.5 if params["scale"] is None else params["scale"]
+    return Reduction(
+        Recurrence((Write(("k",), ("new",)),), log_value_decay=("gate",), scale=scale),
+        {"q": "B Hq T D", "k": "B Hkv T D", "new": slots, "gate": slots, "initial_state": "B Hkv D Z", "out": "B Hq T Z"},
+        keys,
+        scores,
+        Reduction(
+            Recurrence((Write(("new",), ("v",)),), query=(Factor("scores", softmax_features),), log_decay=("gate",)),
+            {"scores": "B Hq T Z", "new": slots, "v": "B Hkv T E", "gate": slots, "initial_state": "B Hkv Z E", "out": "B Hq T E"},
+            values,
+            outputs,
+        ),
+    )
 
 
 CARRIED = ("slot_keys", "slot_values")
@@ -158,6 +192,7 @@ VARIANT = Variant(
         Param("scale", Number(optional=True), None, "multiplies q . K; None is 1/sqrt(D)", absent=lambda dims: dims["D"] ** -0.5, tries=(0.37,)),
     ),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="B*T*Z*(Hkv*(2 + 3*D + 3*E) + Hq*(2*D + 5 + 2*E))",
         memory="B*(Hq*T*E + Hkv*Z*(D + E)) + Z",

@@ -18,7 +18,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, gate, beta, initial_state, scale):
@@ -50,6 +50,38 @@ def define(q, k, v, gate, beta, initial_state, scale):
                             out[b, h, t, y] += q[b, h, t, x] * state[b, g, x, y]
                         out[b, h, t, y] *= scale
     return out, state
+
+
+def reduction(dims, params):
+    """Kimi Delta Attention of values for keys and keys for values, read by each token's faded value: what is explained; then writes of the rest."""
+
+    def transposed(x):
+        made = {name: x[name] for name in ("k", "v", "gate", "beta")}
+        return {**made, "faded": np.exp(x["gate"]) * x["v"], "initial_state": np.swapaxes(x["initial_state"], -1, -2)}
+
+    def rest(x, found):
+        return {"rest": x["beta"][..., None] * (x["k"] - found["out"])}
+
+    def written(x):
+        return {name: x[name] for name in ("q", "rest", "v", "gate", "initial_state")}
+
+    def outputs(x, found):
+        return found
+
+    key, value = "B Hkv T D", "B Hkv T E"
+    scale = dims["D"] ** -0.5 if params["scale"] is None else params["scale"]
+    return Reduction(
+        Recurrence((Write(("beta", "v"), ("k",), ("v",)),), query=("faded",), log_decay=("gate",), exclusive=True),
+        {"k": key, "v": value, "gate": value, "beta": "B Hkv T", "faded": value, "initial_state": "B Hkv E D", "out": key},
+        transposed,
+        rest,
+        Reduction(
+            Recurrence((Write(("rest",), ("v",)),), log_value_decay=("gate",), scale=scale),
+            {"q": "B Hq T D", "rest": key, "v": value, "gate": value, "initial_state": "B Hkv D E", "out": "B Hq T E"},
+            written,
+            outputs,
+        ),
+    )
 
 
 def cut_and_carried_on(run, x):
@@ -128,6 +160,7 @@ VARIANT = Variant(
     ),
     params=(Param("scale", Number(optional=True), None, "multiplies q; None is 1/sqrt(D)", absent=lambda dims: dims["D"] ** -0.5, tries=(0.37,)),),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="B*T*(Hkv*(E + 5*D*E + 2*D) + Hq*E*(2*D + 1))",
         memory="B*(Hq*T*E + Hkv*D*E)",
