@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import catalog, definition, entrywise
-from .costs import flops, recurrent
+from .costs import flops
 from .engine import run as engine
 from .engine.learner import run as learner
 from .engine.state import run as state
+from .engine.state.allocated import allocated as allocated_by_states
 from .errors import BackendUnavailableError, ParameterError
 from .functions import Aux
 from .problem import Problem, split
@@ -40,8 +41,8 @@ def run(problem: Problem, backend: str, form: str | None = None, homes: Mapping[
     """
 
     def reason() -> str:
-        if backend == "auto" and form is None and _is_tiny(problem):
-            return "plain Python is done before a kernel is loaded"
+        if backend == "auto" and form is None and _better_defined(problem):
+            return "its definition is done before"
         return _room_of(problem.variant).reason_against(problem)
 
     if _chosen(problem, backend, form, reason) == "definition":
@@ -59,7 +60,7 @@ def run(problem: Problem, backend: str, form: str | None = None, homes: Mapping[
 def repeated(problem: Problem, backend: str) -> Callable[[Mapping[str, np.ndarray]], np.ndarray] | None:
     """Of a call that `run` has run: ``out`` as a function of other arrays of its shapes, which updates a state in its place; or None."""
     room = _room_of(problem.variant)
-    if problem.sequences is not None or room is learner or _without_compiler() or (backend == "auto" and _is_tiny(problem)):
+    if problem.sequences is not None or room is learner or (backend == "auto" and _better_defined(problem)) or _without_compiler():
         return None
     again: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = room.repeated(problem)
     return again
@@ -115,9 +116,8 @@ def of(variant: Variant) -> tuple[str, ...]:
 
 def allocated(variant: Variant, dims: Dims, params: Mapping[str, Any], itemsize: int) -> dict[str, int]:
     """Bytes that a forward call allocates, by backends other than the definition."""
-    if variant.recurrence is not None:
-        rule = variant.recurrence(dims, params)
-        return {} if state.reason_against_variant(variant, dims, params) else {"cpu": recurrent(variant, rule, dims, itemsize)}
+    if variant.recurs:
+        return {} if state.reason_against_variant(variant, dims, params) else {"cpu": allocated_by_states(variant, dims, params, itemsize)}
     plan = None if variant.plan is None else variant.plan(dims, params)
     return {} if plan is None or engine.reason_against_plan(plan) else {"cpu": engine.allocated(plan, dims, itemsize)}
 
@@ -139,6 +139,11 @@ def _chosen(problem: Problem, backend: str, form: str | None, reason: Callable[[
     if backend == "cpu" and against:
         raise BackendUnavailableError(f"{problem.variant.name}: backend 'cpu' does not run this call: {against}; use 'definition' or 'auto'")
     return "definition" if against else "cpu"
+
+
+def _better_defined(problem: Problem) -> bool:
+    """Whether the definition is the faster one for values: of a tiny call, and of states too narrow for vectors."""
+    return _is_tiny(problem) or (problem.variant.recurs and state.has_narrow_states(problem))
 
 
 def _is_tiny(problem: Problem) -> bool:

@@ -558,13 +558,13 @@ class Variant:
         """Whether it is a recurrence, of its own operands or of others made from them, and so has forms."""
         return self.recurrence is not None or self.reduction is not None
 
-    @property
+    @functools.cached_property
     def carried(self) -> tuple[str, ...]:
         """Outputs after the last token that the operand ``initial_<name>`` takes before the first: what a sequence is carried on by."""
         operands = {o.name for o in self.operands}
         return tuple(o.name for o in self.outputs if "initial_" + o.name in operands)
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """Every axis name of the operands, in order of first appearance."""
         names = (a for o in self.operands for a in o.axes.split() if a.isidentifier())

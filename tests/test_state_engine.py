@@ -10,7 +10,7 @@ from catalogue import CALLS, VARIANTS, arrays_of, draw, flops, rounding
 from test_catalogue import close
 
 import refattn as ra
-from refattn import catalog, derivatives, problem
+from refattn import catalog, definition, derivatives, problem
 from refattn.engine.state import forms
 from refattn.engine.state import run as engine
 from refattn.engine.state.lowered import Lowered
@@ -291,6 +291,19 @@ def test_columns_fade_in_what_a_variant_is_reduced_to_alone():
 
 
 # ---- what a caller may ask for ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mamba1", "rwkv4", "hgrn", "longhorn", "gla", "mamba2", "gated_slot"])
+def test_values_of_states_of_one_column_are_left_to_the_definition_unless_asked_for(name, monkeypatch):
+    variant = catalog.variant(name)
+    x = draw(variant, {**GENERAL, "T": 90, "S": 90, "M": 30, "N": 16, "D": 16, "E": 16, "Z": 9})
+    asked: list[str] = []
+    monkeypatch.setattr(definition, "run", lambda call, real=definition.run: asked.append(call.variant.name) or real(call))
+    ra.attend(name, **x)
+    assert asked == ([name] if name in ("mamba1", "rwkv4", "hgrn", "longhorn") else [])
+    ra.attend(name, **x, backend="cpu")
+    ra.attend(name, **x, form="recurrent")
+    assert len(asked) <= 1
 
 
 def test_the_form_is_a_keyword_of_the_public_calls():

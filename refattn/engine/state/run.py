@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -62,6 +63,24 @@ def _reason_against_carried(variant: Variant, rule: Recurrence) -> str:
     known = {o.name for o in variant.operands}
     unknown = [name for name in (rule.initial, rule.mass, rule.maximum) if name not in known and name.removeprefix("initial_") in variant.carried]
     return f"there is no operand {unknown[0]}" if unknown else ""
+
+
+def has_narrow_states(problem: Problem) -> bool:
+    """Whether all states of a problem have one column, or one and its mass: nothing for vectors to work along, so that its definition is faster."""
+    if problem.reduction is not None:
+        rules = [(one.recurrence, one.axes) for one in problem.reduction.passes]
+    else:
+        axes = {o.name: o.axes for o in problem.variant.operands}
+        rules = [(problem.recurrence, axes)] if problem.recurrence is not None else []
+    return all(_columns(rule, axes, problem.dims) <= 2 for rule, axes in rules)
+
+
+def _columns(rule: Recurrence, axes: Mapping[str, str], dims: Dims) -> float:
+    """Columns of a recurrence's states; infinite where only its operands say."""
+    others = {"B", "T", "S", rule.steps, *((rule.heads,) if rule.heads else ("Hq", "Hkv", "H", "G"))}
+    names = [f if isinstance(f, str) else f.operand for write in rule.writes for f in write.value]
+    widths = [[int(axis) if axis.isdecimal() else dims.get(axis, math.inf) for axis in axes[name].split() if axis not in others] for name in names]
+    return max((math.prod(sizes) for sizes in widths), default=1)
 
 
 def reason_against_gradients(problem: Problem, form: str | None) -> str:

@@ -26,7 +26,7 @@ from ... import precision
 from ...problem import Problem
 from ...spec import Factor, Recurrence
 from ..recurrences.lowered import Lowered, Lowering, operand
-from ..recurrences.running import Form, Prepared, Result, Rounding, divisor_of, faded, prepared, run_reads
+from ..recurrences.running import Form, Prepared, Result, Rounding, divisor_of, faded, prepared, undivided
 
 #: Patterns of signs of what is lost; as many again are the same for all tokens, as where everything is flushed to zero.
 _PATTERNS = 3
@@ -87,7 +87,7 @@ class _In:
     def features(self, x: np.ndarray, *rest: Any) -> np.ndarray:
         function = self.piece.apply if hasattr(self.piece, "apply") else self.piece.features
         arguments = (y.astype(self.dtype) if isinstance(y, np.ndarray) else y for y in (x, *rest))
-        return np.asarray(function(*arguments)).astype(np.float64)
+        return np.asarray(function(*arguments)).astype(self.dtype).astype(np.float64)  # which may have been float64, by a number
 
 
 class _Ceilings(Elsewhere):
@@ -137,7 +137,7 @@ def _finished(p: Prepared, most: Lowered, units: Rounding, sums: Range, exact: R
     if rule.normalizer:
         read, of_divisor = read[..., :-1], read[..., -1:]
         state, mass = state[..., :-1], state[..., -1]
-        divisor = np.abs(divisor_of(p, run_reads(p, Form())))
+        divisor = np.abs(divisor_of(p, undivided(p, Form())[0][..., -1:]))
         size = np.abs(np.nan_to_num(exact.out if p.lowered.skip is None else exact.out - p.lowered.skip, posinf=0.0, neginf=0.0))
         if p.maxima is not None:  # a floor of exp(-maximum) may be 0
             of_divisor = of_divisor + units.tiny

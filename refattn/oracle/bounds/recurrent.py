@@ -10,6 +10,7 @@ likely
     quadratic form); the root mean square of what changes is one standard deviation.  As many runs again give all tokens' decays one and the
     same error, as a decay that is the same for all tokens has, and let no erasure of a chunk correct what roundings wrote in it, as the chunked
     form solves for all of its changes before it writes any.  Where tokens repeat each other, so do all their roundings in further runs.
+    What is divided by a mass is off by what both errors make of the quotient, and by anything where that of the mass may make it 0.
 
 A decay of several tokens is the exponential of a sum of logarithms, or of a difference of two such sums, so that its relative error is that of the
 sums: unit roundoffs times what has been added up since the chunk began, which may be far more than the logarithm itself.
@@ -24,7 +25,7 @@ import numpy as np
 from ...problem import Problem
 from ..profiles import Profile
 from ..recurrences.lowered import Lowering, Moved, released
-from ..recurrences.running import Form, Prepared, Result, Rounding, prepared, run, worst
+from ..recurrences.running import Form, Prepared, Result, Rounding, divisor_of, prepared, run, undivided, worst
 from .bound import distance
 from .extremes import Elsewhere, extremes, of_numbers
 
@@ -121,17 +122,20 @@ def bounds(draw: Draw, form: Form, exact: Result, profile: Profile, lam: float, 
     draws = 1 if rough else max(_FEWEST, min(_DRAWS, _WORK // max(work, 1)))
     rng = np.random.default_rng(0)
     moved = Moved(rng, made.sums + made.operands, made.function + 4 * made.sums) if mapped else None
+    sums = undivided(plain, form) if plain.lowered.rule.normalizer else None
     roots: dict[str, np.ndarray] = {}  # of mean squares; squares themselves may leave float64
     for kind in kinds:
         own: dict[str, np.ndarray] = {}
         for m in range(draws):
-            found = run(plain if moved is None else draw(moved), form, made, kind[0] * draws + m + 1, *kind)
-            for name in OUTPUTS:
-                if (x := getattr(found, name)) is not None:
-                    off = distance(x, getattr(exact, name)) / larger / np.sqrt(draws)
-                    own[name] = np.hypot(own[name], off) if name in own else off
+            p, rounded = plain if moved is None else draw(moved), (made, kind[0] * draws + m + 1, *kind)
+            off = _of(exact, run(p, form, *rounded)) if sums is None else _of_quotient(plain, sums, exact, p, undivided(p, form, *rounded))
+            for name, x in off.items():
+                own[name] = np.hypot(own.get(name, 0.0), x / larger / np.sqrt(draws))
         roots = {name: np.maximum(x, roots[name]) if name in roots else x for name, x in own.items()}
-    likely = {name: lam * (_pooled(x) + 2 * units.sums * np.abs(np.nan_to_num(getattr(exact, name)))) for name, x in roots.items()}
+    spreads = {name: lam * _pooled(x) for name, x in roots.items()}
+    if sums is not None:
+        spreads["out"] = _quotient(plain, sums[0][..., -1:], exact, spreads)
+    likely = {name: spreads[name] + 2 * lam * units.sums * np.abs(np.nan_to_num(x)) for name in OUTPUTS if (x := getattr(exact, name)) is not None}
     if not _right(form) or rough:
         return Result(likely["out"], likely["state"], likely.get("mass"), likely.get("maximum"))
     most = worst(plain, form, units, exact)
@@ -140,6 +144,49 @@ def bounds(draw: Draw, form: Form, exact: Result, profile: Profile, lam: float, 
         known = {name: np.full_like(x, np.inf) for name, x in known.items()}
     least = {name: np.fmin(x, known[name]) for name, x in likely.items() if name in known}
     return Result(least["out"], least["state"], least.get("mass"), least.get("maximum"))
+
+
+def _of(exact: Result, found: Result) -> dict[str, np.ndarray]:
+    return {name: distance(x, getattr(exact, name)) for name in OUTPUTS if (x := getattr(found, name)) is not None}
+
+
+def _of_quotient(
+    plain: Prepared, sums: tuple[np.ndarray, np.ndarray], exact: Result, p: Prepared, found: tuple[np.ndarray, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Errors of a divisor's mass, and of a sum less its quotient times what the divisor is off by: that, or nothing."""
+    rule, skip, moved = plain.lowered.rule, plain.lowered.skip, p.lowered.skip
+    (read, state), mass = sums, sums[0][..., -1:]
+    with np.errstate(all="ignore"):
+        off = np.where(np.isfinite(read), found[0] - read, 0.0)
+        value, over = (exact.out, 0.0) if skip is None else (exact.out - skip, divisor_of(plain, mass) * (moved - skip))
+        still = rule.scale * off[..., :-1] + over
+        slope = np.sign(mass) if rule.normalizer == "floor" else 1.0
+        errors = {name: np.where(np.isfinite(value), x, 0.0) for name, x in (("still", still), ("moving", still - value * slope * off[..., -1:]))}
+    of_state = distance(found[1], state)
+    errors |= {"divisor": off[..., -1:], "state": of_state[..., :-1], "mass": of_state[..., -1]}
+    if plain.maxima is not None and p.maxima is not None:
+        errors["maximum"] = distance(p.maxima[..., -1], plain.maxima[..., -1])
+    return {name: np.where(np.isnan(x), np.inf, np.abs(x)) for name, x in errors.items()}
+
+
+def _quotient(plain: Prepared, mass: np.ndarray, exact: Result, spreads: Mapping[str, np.ndarray]) -> np.ndarray:
+    """n / d becomes (n + a) / (d + b), which is off by (a - n / d b) / (d + b): by anything where d + b may be 0."""
+    rule, skip, shift = plain.lowered.rule, plain.lowered.skip, spreads["divisor"]
+    with np.errstate(all="ignore"):
+        value = np.abs(np.nan_to_num(exact.out if skip is None else exact.out - skip))
+        divisor, least = np.abs(divisor_of(plain, mass)), np.abs(divisor_of(plain, np.zeros_like(mass)))
+        size = np.abs(mass) if rule.normalizer == "floor" else mass
+        of_sum = spreads["moving"]
+        if rule.normalizer == "sum":
+            moves, stays, least = np.True_, np.False_, np.zeros_like(mass)
+        else:  # the mass, or what a divisor does not fall below
+            bound = least - rule.eps if rule.normalizer == "floor" else least
+            moves, stays = ~(size + shift < bound), ~(size - shift > bound)
+            of_sum = np.where(size > shift, of_sum, spreads["still"] + value * shift)  # a mass of any sign
+        off = np.maximum(np.where(moves, of_sum, 0.0), np.where(stays, spreads["still"], 0.0))
+        left = np.where(moves, np.maximum(divisor - shift, least), divisor)
+        found = np.where(left > 0.0, off / left, np.where(shift > 0.0, np.inf, 0.0))
+        return np.where(least > 0.0, np.minimum(found, value * (1.0 + divisor / least) + spreads["still"] / least), found)
 
 
 def _pooled(roots: np.ndarray) -> np.ndarray:

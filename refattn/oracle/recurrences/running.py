@@ -183,6 +183,13 @@ def run(p: Prepared, form: Form, rounding: Rounding = EXACT, seed: int = 0, stea
     apart : bool
         Whether erasures do not correct what roundings wrote since the chunk began: a triangular system is solved before anything is written.
     """
+    return _finished(p, *undivided(p, form, rounding, seed, steady, apart))
+
+
+def undivided(
+    p: Prepared, form: Form, rounding: Rounding = EXACT, seed: int = 0, steady: int = 0, apart: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """What queries read of the state, and the state after the last token; of a normaliser's sum too, which is the last column."""
     x = p.lowered
     state = p.state.copy()
     read = np.zeros((*x.q.shape[:3], state.shape[3]))
@@ -190,12 +197,11 @@ def run(p: Prepared, form: Form, rounding: Rounding = EXACT, seed: int = 0, stea
     periods = np.array([rounding.every, rounding.chunk or x.tokens + 1, steady, apart], np.int64)
     with np.errstate(all="ignore"):
         _run(*_arguments(p, form), rounding.units, periods, signs, state, read)
-    return _finished(p, read, state)
+    return read[:, :, x.reads], state
 
 
 def _finished(p: Prepared, read: np.ndarray, state: np.ndarray) -> Result:
     x, rule = p.lowered, p.lowered.rule
-    read = read[:, :, x.reads]
     mass = None
     if rule.normalizer:
         divisor = divisor_of(p, read[..., -1:])
@@ -571,8 +577,7 @@ def worst(p: Prepared, form: Form, rounding: Rounding, exact: Result) -> Result:
         read, mass = read[:, :, x.reads], None
         value = exact.out if x.skip is None else exact.out - x.skip
         if rule.normalizer:
-            plain = run_reads(p, form)
-            divisor = np.abs(divisor_of(p, plain))
+            divisor = np.abs(divisor_of(p, undivided(p, form)[0][..., -1:]))
             lost = read[..., -1:] + rounding.sums * divisor
             left = divisor - lost
             read = np.where(left > 0, (abs(rule.scale) * read[..., :-1] + np.abs(value) * lost) / left, np.inf)
@@ -583,14 +588,6 @@ def worst(p: Prepared, form: Form, rounding: Rounding, exact: Result) -> Result:
     if x.skip is not None:
         read = read + rounding.sums * (2 * np.abs(x.skip) + np.abs(exact.out))
     return Result(read, error, mass, None if p.maxima is None else _of_maxima(p, rounding))
-
-
-def run_reads(p: Prepared, form: Form) -> np.ndarray:
-    """What queries read of the mass."""
-    x = p.lowered
-    state, read = p.state.copy(), np.zeros((*x.q.shape[:3], p.state.shape[3]))
-    _run(*_arguments(p, form), np.zeros(6), np.array([1, 1, 0, 0], np.int64), np.zeros(1), state, read)
-    return read[:, :, x.reads, -1:]
 
 
 def _of_maxima(p: Prepared, rounding: Rounding) -> np.ndarray:

@@ -22,7 +22,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Choice, Cost, Example, Identity, Operand, Output, Paper, Param, Variant
+from refattn.spec import Choice, Cost, Example, Identity, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, initial_state, initial_mass, initial_max, causal):
@@ -57,6 +57,39 @@ def define(q, k, v, initial_state, initial_mass, initial_max, causal):
                         gate = gate / (1.0 + gate)
                     out[b, i, x] = gate * state[b, x] / mass[b, x]
     return out, state, mass, top
+
+
+def reduction(dims, params):
+    """A sum of values and one of ones: held at exp(-max_j) where the average runs, which fades them, and at the largest of all where it does not."""
+    causal = params["causal"]
+
+    def maxima(x):
+        return np.maximum.accumulate(np.concatenate([x["initial_max"][:, None], x["k"]], axis=1), axis=1)
+
+    def operands(x):
+        m = maxima(x)
+        before, after = (m[:, :-1], m[:, 1:]) if causal else (m[:, :1], m[:, -1:])
+        nothing = after == -np.inf  # nothing has come yet
+        fading, after = np.where(nothing, 0.0, before - after), np.where(nothing, 0.0, after)
+        initial = np.concatenate([x["initial_state"][..., None], x["initial_mass"][..., None]], axis=2)
+        made = {"k": np.exp(x["k"] - after), "v": np.concatenate([x["v"][..., None], np.ones(x["v"].shape)[..., None]], axis=3)}
+        if causal:
+            return {**made, "gate": fading, "initial_state": initial}
+        return {**made, "initial_state": np.exp(fading[:, 0, :, None]) * initial}
+
+    def outputs(x, found):
+        m, visible = maxima(x), np.arange(dims["T"]) + dims["S"] - dims["T"] + 1
+        seen = np.maximum(visible, 0) if causal else np.full(dims["T"], dims["S"])
+        mass = np.where((m == -np.inf)[:, seen], np.inf, found["out"][..., 1])
+        gate = np.exp(-np.logaddexp(0.0, -x["q"]))
+        return {"out": gate * found["out"][..., 0] / mass, "state": found["state"][..., 0], "mass": found["state"][..., 1], "max": m[:, -1]}
+
+    return Reduction(
+        Recurrence((Write(("k",), ("v",)),), query=(), log_decay=("gate",) if causal else (), heads="M", causal=causal),
+        {"k": "B S M", "v": "B S M 2", **({"gate": "B S M"} if causal else {}), "initial_state": "B M 2", "out": "B T M 2"},
+        operands,
+        outputs,
+    )
 
 
 EVERYTHING = ("out", "state", "mass", "max")
@@ -141,6 +174,7 @@ VARIANT = Variant(
     ),
     params=(Param("causal", Choice((False, True)), False, "see no later position; the last query is aligned with the last key", tries=(True,)),),
     define=define,
+    reduction=reduction,
     cost=Cost(flops="B*M*(9*S + 5*T)", memory="B*M*(T + 3)"),
     ordered=lambda params: "T S" if params["causal"] else "",
     causal={"causal": True},

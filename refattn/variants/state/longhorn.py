@@ -11,15 +11,17 @@ making.  The paper has one head of keys and queries for all its value channels, 
 key-value head ``h // (Hq // Hkv)``.  There is no scale in the paper; it is 1 by default.
 
 What people get wrong: erasing k_x (S^T k)_y instead of k_x^2 S_xy, which is the exact rule and not this one.  Summing the squares of the
-key over tokens or channels other than its own.  A factor cannot leave [0, 1]: delta k_x^2 <= beta |k|^2 / (1 + beta |k|^2) < 1 for beta >= 0.
+key over tokens or channels other than its own.  A factor cannot leave [0, 1]: delta k_x^2 <= beta |k|^2 / (1 + beta |k|^2) < 1, as beta >= 0.
 
 Checked against the exact minimiser where they must agree, keys with one entry, and against a composition of torch operations.  The published
 code needs CUDA; its reference in PyTorch has this recurrence, but returns for the last state that of token D - 1.
 """
 
+import math
+
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, beta, initial_state, scale):
@@ -48,6 +50,38 @@ def define(q, k, v, beta, initial_state, scale):
                             out[b, h, t, y] += q[b, h, t, x] * state[b, g, x, y]
                         out[b, h, t, y] *= scale
     return out, state
+
+
+def reduction(dims, params):
+    """Gated linear attention with a state of its own for every value channel."""
+    batch, n, d, d_v, kv_heads = (dims[axis] for axis in ("B", "T", "D", "E", "Hkv"))
+    group = dims["Hq"] // kv_heads
+
+    def operands(x):
+        beta, squares = np.swapaxes(x["beta"], 2, 3)[..., None], (x["k"] * x["k"])[:, :, None]
+        others = squares @ (1.0 - np.eye(d))  # of |k|^2, but for the row's own
+        delta = beta / (1.0 + beta * np.sum(squares, axis=4, keepdims=True))
+        queries = np.broadcast_to(x["q"].reshape(batch, kv_heads, 1, group, n, d), (batch, kv_heads, d_v, group, n, d))
+        return {
+            "q": queries.reshape(batch, kv_heads * d_v * group, n, d),
+            "k": x["k"],
+            "v": (delta[..., 0] * np.swapaxes(x["v"], 2, 3)).reshape(batch, kv_heads * d_v, n),
+            # of 1 - delta k^2, which cancels
+            "gate": -np.log1p(beta * squares / (1.0 + beta * others)).reshape(batch, kv_heads * d_v, n, d),
+            "initial_state": np.swapaxes(x["initial_state"], 2, 3).reshape(batch, kv_heads * d_v, d),
+        }
+
+    def outputs(x, found):
+        out = np.swapaxes(found["out"].reshape(batch, kv_heads, d_v, group, n), 2, 3)
+        state = found["state"].reshape(batch, kv_heads, d_v, d)
+        return {"out": np.swapaxes(out, 3, 4).reshape(batch, dims["Hq"], n, d_v), "state": np.swapaxes(state, 2, 3)}
+
+    return Reduction(
+        Recurrence((Write(("k",), ("v",)),), log_decay=("gate",), scale=params["scale"]),
+        {"q": "B Hq T D", "k": "B Hkv T D", "v": "B H T", "gate": "B H T D", "initial_state": "B H D", "out": "B Hq T"},
+        operands,
+        outputs,
+    )
 
 
 def cut_and_carried_on(run, x):
@@ -109,7 +143,13 @@ VARIANT = Variant(
         Operand("q", "B Hq T D", "queries"),
         Operand("k", "B Hkv T D", "keys"),
         Operand("v", "B Hkv T E", "values"),
-        Operand("beta", "B Hkv T E", "weight of the new token, per value channel", draw=lambda rng, shape: rng.uniform(0.0, 1.0, shape)),
+        Operand(
+            "beta",
+            "B Hkv T E",
+            "weight of the new token, per value channel",
+            within=(0.0, math.inf),
+            draw=lambda rng, shape: rng.uniform(0.0, 1.0, shape),
+        ),
         Operand("initial_state", "B Hkv D E", "state before the first token", absent=0.0),
     ),
     outputs=(
@@ -118,6 +158,7 @@ VARIANT = Variant(
     ),
     params=(Param("scale", Number(), 1.0, "multiplies q", tries=(0.37,)),),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="B*T*(Hkv*(2*D + E*(3 + 7*D)) + Hq*E*(2*D + 1))",
         memory="B*(Hq*T*E + Hkv*D*E)",

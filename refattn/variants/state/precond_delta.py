@@ -22,7 +22,7 @@ import math
 
 import numpy as np
 
-from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
+from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
 def define(q, k, v, curvature_gate, curvature_beta, beta, gate, center, initial_state, initial_curvature, scale, base, eps):
@@ -61,6 +61,49 @@ def define(q, k, v, curvature_gate, curvature_beta, beta, gate, center, initial_
                             out[b, h, t, y] += q[b, h, t, x] * state[b, g, x, y]
                         out[b, h, t, y] *= scale
     return out, state, curvature
+
+
+def reduction(dims, params):
+    """Kimi Delta Attention with longer keys to write at, once all curvatures are known."""
+
+    def curvatures(x):
+        """Before the first token and after every one: sums over twice as many tokens each time, and what they fade by."""
+        gained = x["curvature_beta"][..., None] * x["k"] * x["k"]
+        total = np.concatenate([x["initial_curvature"][:, :, None], gained], axis=2)
+        fading = np.concatenate([np.zeros((dims["B"], dims["Hkv"], 1)), x["curvature_gate"]], axis=2)[..., None]
+        tokens = 1
+        while tokens <= dims["T"]:
+            earlier = np.exp(fading[:, :, tokens:]) * total[:, :, :-tokens]
+            total = np.concatenate([total[:, :, :tokens], total[:, :, tokens:] + earlier], axis=2)
+            fading = np.concatenate([fading[:, :, :tokens], fading[:, :, tokens:] + fading[:, :, :-tokens]], axis=2)
+            tokens *= 2
+        return total
+
+    def operands(x):
+        r = np.log(curvatures(x)[:, :, 1:] + params["eps"]) - x["center"][:, None, None]
+        longer = np.exp(-r / (1.0 + np.abs(r)) * math.log(params["base"]))
+        return {**{name: x[name] for name in ("q", "k", "v", "beta", "gate", "initial_state")}, "longer": longer * x["k"]}
+
+    def outputs(x, found):
+        return {"out": found["out"], "state": found["state"], "curvature": curvatures(x)[:, :, -1]}
+
+    return Reduction(
+        Recurrence(
+            (Write(("beta", "longer"), ("v",), erase=("k",)),),
+            log_decay=("gate",),
+            scale=dims["D"] ** -0.5 if params["scale"] is None else params["scale"],
+        ),
+        {
+            "q": "B Hq T D",
+            **dict.fromkeys(("k", "longer", "gate"), "B Hkv T D"),
+            "v": "B Hkv T E",
+            "beta": "B Hkv T",
+            "initial_state": "B Hkv D E",
+            "out": "B Hq T E",
+        },
+        operands,
+        outputs,
+    )
 
 
 def cut_and_carried_on(run, x):
@@ -157,6 +200,7 @@ VARIANT = Variant(
         Param("eps", Number(above=0.0), 1e-6, "added to the curvature", tries=(0.5,)),
     ),
     define=define,
+    reduction=reduction,
     cost=Cost(
         flops="B*T*(Hkv*(1 + D*(13 + E) + E*(5*D + 2)) + Hq*E*(2*D + 1))",
         memory="B*(Hq*T*E + Hkv*D*(E + 1)) + D",
