@@ -163,6 +163,18 @@ def test_pairs_of_faults_are_named():
     assert len(missed) <= 1, missed
 
 
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ("H12 values for keys", "X16 weights stored in float8"),  # which allows so much that no answer is apart from that of the first one
+        ("S14 no maximum subtracted", "M13 mean on a row that sees nothing"),  # no call, nor an output of it, shows one of them alone
+    ],
+)
+def test_a_pair_is_named_whose_second_fault_brings_the_answers_nearer(a, b):
+    diagnosis = diagnosed(both(a, b), suite="quick")
+    assert contained(diagnosis, a, b), says(diagnosis)
+
+
 # ---- what is in no catalogue ----------------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +232,18 @@ def test_a_pass_names_no_fault_and_lists_what_its_calls_could_not_show():
     few = {n: x[:, :, :2] for n, x in square.items()}
     window = ra.check(planted.candidate(planted.RIGHT), inputs=few, window=(5, 5)).investigation.diagnosis
     assert {"W1", "W9"} <= {f.code for f in window.blind_spots}, "a window wider than the sequence hides its edge"
+
+
+def test_a_window_without_a_right_bound_is_asked_for_but_by_the_quick_suite_which_says_so():
+    def closed(causal, window):
+        return causal, window and (window[0], window[0] if window[1] is None else window[1])
+
+    kernel = planted.candidate(planted.right(visible=planted.with_arguments(closed)))
+    quick = ra.check(kernel, suite="quick")
+    blind = {f.name for f in quick.investigation.diagnosis.blind_spots}
+    assert quick.passed and {f"open right side of the window taken for {number}" for number in ("-1", "0", "the left one")} <= blind
+    diagnosis = diagnosed(kernel)
+    assert [e.faults[0].name for e in diagnosis.explanations] == ["open right side of the window taken for the left one"], says(diagnosis)
 
 
 # ---- arrays that exist already ------------------------------------------------------------------------------------------------------------------

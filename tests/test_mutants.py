@@ -211,14 +211,18 @@ def test_what_was_kept_of_an_earlier_call_is_read_instead():
         assert_array_equal(answers["out"], mutants.evaluate(bind(SOFTMAX, (), mixed), {}).outputs["out"])
 
 
-def test_no_bound_on_the_right_may_be_read_as_minus_one():
+@pytest.mark.parametrize(
+    "taken, expected",
+    [("-1", [[], [0], [1], [2]]), ("0", [[0], [0, 1], [1, 2], [2, 3]]), ("left", [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3]])],
+)
+def test_no_bound_on_the_right_may_be_read_as_a_number(taken, expected):
     x = {"q": np.zeros((1, 1, 4, 1)), "k": np.zeros((1, 1, 4, 1)), "v": np.eye(4)[None, None]}  # weights are the output
 
     def seen(**params):
-        out = mutants.evaluate(bind(SOFTMAX, (), {**x, **params}), {"window_right": "-1 where open"}).outputs["out"]
+        out = mutants.evaluate(bind(SOFTMAX, (), {**x, **params}), {"window_right": f"{taken} where open"}).outputs["out"]
         return [np.flatnonzero(row).tolist() for row in out[0, 0]]
 
-    assert seen(window=(1, None)) == [[], [0], [1], [2]]
+    assert seen(window=(1, None)) == expected
     assert seen(window=(1, None), causal=True) == seen(window=(1, 0)) == [[0], [0, 1], [1, 2], [2, 3]]
     assert seen(window=(None, None)) == seen() == [[0, 1, 2, 3]] * 4
 

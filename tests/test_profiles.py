@@ -42,6 +42,7 @@ COARSER = {
     "block": (4, {"out"}),
     "operands": (2.0**-8, {"out", "lse", "d_q", "d_k"}),
     "scores": (2.0**-8, {"out", "lse"}),
+    "distances": (2.0**-8, {"out", "lse"}),
     "probabilities": (2.0**-4, {"out", "d_v"}),
     "smallest_probability": (2.0**-10, {"out", "d_v"}),
     "exp_error": (2.0**-8, {"out", "lse"}),
@@ -192,6 +193,38 @@ def test_keys_in_parts_stay_within_the_profile_of_splits(seed):
     (q, k, v), _ = drawn("float32", 2000, seed)
     report = ra.compare(merged(q, k, v, 32), "softmax", q, k, v, returns=("out", "lse"), profile="split")
     assert 0.01 < report.worst.ratio < 1
+
+
+def eager_with_sinks(q, k, v, sinks, dropped=False):
+    """Every array stored in the operands' format, scores and sinks less the maximum of both among them."""
+    kept, heads = q.dtype, q.shape[1]
+
+    def op(x):
+        return x.astype(kept).astype(F32)
+
+    q, k, v, sinks = (x.astype(F32) for x in (q, planted.grouped(k, heads), planted.grouped(v, heads), sinks))
+    s = op(op(q @ np.swapaxes(k, -1, -2)) * F32(q.shape[-1] ** -0.5))
+    joined = s if dropped else np.concatenate([s, np.broadcast_to(sinks[:, None, None], (*s.shape[:3], 1))], -1)
+    e = op(np.exp(op(joined - joined.max(-1, keepdims=True))))
+    return (op(e / op(e.sum(-1, keepdims=True)))[..., : s.shape[-1]] @ v).astype(kept)
+
+
+@pytest.mark.parametrize("level", [5.0, 40.0, 400.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_far_below_a_sink_are_rounded_when_they_are_stored_less_it(dtype, level):
+    """All the same way, where they are closer to one another than to the sink; what is none of that, such as a sink of another head, is refused."""
+    eager = profiles.resolve("eager", as_dtype(dtype))
+    sinks = round_to(np.array([level, level + 2]), as_dtype(dtype))
+
+    def ratio(out, profile=eager):
+        return ra.compare(out, "softmax", q, k, v, sinks=sinks, profile=profile).worst.ratio
+
+    for seed in range(3):
+        (q, k, v), _ = drawn(dtype, 70, seed)
+        right = eager_with_sinks(q, k, v, sinks)
+        assert ratio(right) < 1 < ratio(eager_with_sinks(q, k, v, sinks, dropped=True))
+        assert level == 400.0 or ratio(eager_with_sinks(q, k, v, sinks[::-1])) > 5  # exp(-400) is 0 by any sink
+        assert (ratio(right, replace(eager, distances=0.0)) > 1) == (dtype == "bfloat16" and level == 40.0)
 
 
 def stored_eagerly(q, k, v, d_out):

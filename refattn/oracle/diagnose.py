@@ -7,7 +7,8 @@ every call, is within the tolerance that a correct computation *of the hypothesi
 2.  single faults are tried, then single faults with a number that is fitted, then pairs;
 3.  pairs are directed by conflicts (de Kleer & Williams, Artificial Intelligence 32, 1987): in some failing call one of the two explains the
     answer, or one output of it, alone, and what it leaves unexplained elsewhere the other one must; plain calls are asked besides, as they are
-    kind in this way.  Only where no call is are all pairs tried that matter in one call;
+    kind in this way.  Where no call is, the faults whose own answers come nearest to the given ones are paired with all others: of what two
+    faults do to an answer, one explains the leading bits or some of the elements;
 4.  where several explanations are left, the implementation is asked a call on which they differ, until one is left or they cannot be told
     apart;
 5.  with no explanation left there is no name: what was recovered from the answers themselves has to speak.
@@ -53,6 +54,18 @@ _APART = 6
 
 #: Calls a number may be fitted to before it is given up.
 _FITTED_TO = 4
+
+#: Evaluations of average size to find faults whose answers are near, and again to find pairs: at most some six seconds each on one core.
+NEAREST = 4000
+
+#: How many such faults are paired with all others, and how much nearer than the specification's their answers have to be.
+_NEAR, _NEARER = 16, 0.9
+
+#: Calls that one of them does not explain, in which pairs with it are compared; and how many of these are then held against all calls.
+_UNEXPLAINED, _HELD = 3, 16
+
+#: Bits beyond tolerance from which on everything is as far off.
+_FARTHEST = 40.0
 
 #: Elements of an output from which on its mean error says something, and how far the mean errors of one kind of rounding may be apart.
 _MANY, _CHANCE = 16, 8.0
@@ -268,6 +281,7 @@ class Search:
         self._order = list(self.asked)
         self._known: dict[tuple[Any, ...], dict[str, float]] = {}
         self._split: dict[int, list[Question]] = {}
+        self._weights: dict[int, dict[str, np.ndarray]] = {}
         self._left = math.inf  # cost that may still be spent
 
     # ---- one hypothesis, one call ---------------------------------------------------------------------------------------------------
@@ -386,7 +400,7 @@ class Search:
         self._order += asked
 
     def pairs(self) -> list[Hypothesis]:
-        """Two faults, of which one explains some failing call by itself, the other having a number or not; or any two that matter in one call."""
+        """Two faults, of which one explains some failing call by itself, the other having a number or not; or comes near to that."""
         parts = [part for whole in _varied(self.failing) for part in self._parts(whole)]
         self._left = 3 * PAIRS * _AVERAGE
         alone = [(part, [h for h in self.hypotheses if self._left > 0 and self.ratio(h, part) <= 1.0]) for part in parts]
@@ -400,7 +414,8 @@ class Search:
         def number_alone() -> Iterator[tuple[Question, list[Hypothesis]]]:
             return ((part, [h for f in self.families if self._left > 0 for h in self.fits(Hypothesis(), f, [part])]) for part in parts)
 
-        found = self._extended(alone, plain) or self._extended(alone, numbered) or self._extended(number_alone(), plain) or self._all_pairs()
+        found = self._extended(alone, plain) or self._extended(alone, numbered) or self._extended(number_alone(), plain)
+        found = found or self._extended(self._near(), self._nearest, NEAREST)
         alike = [(parts[0], [part]) for pair in found[:1] for part in pair.parts]  # what else would do for either of the two
         more = [pair for start in alike for pair in self._extended([start], plain)]
         return list({pair.key: pair for pair in (*found, *more)}.values())
@@ -418,12 +433,13 @@ class Search:
         self,
         starts: Iterable[tuple[Question, list[Hypothesis]]],
         others: Callable[[Hypothesis, Question], Iterable[Hypothesis | None]],
+        most: int = PAIRS,
     ) -> list[Hypothesis]:
         """Pairs of which one explains a part by itself, and the other the cheapest failing part that is left.
 
         The part that the fewest explain is believed first.
         """
-        self._left = PAIRS * _AVERAGE
+        self._left = most * _AVERAGE
         failing = [part for whole in self.failing for part in self._parts(whole)]
         for _, alone in sorted((s for s in starts if s[1]), key=lambda start: len(start[1])):
             found: dict[tuple[Any, ...], Hypothesis] = {}
@@ -432,26 +448,56 @@ class Search:
                 if conflict is None:
                     continue
                 for both in self._consistent(others(one, conflict), conflict):
-                    if _separated(self, one, both, conflict):  # or a rounding more or less tips the balance, which is no second fault
+                    if self._needed(one, both, conflict):
                         found[both.key] = both
             if found or self._left <= 0:
                 return list(found.values())
         return []
 
-    def _all_pairs(self) -> list[Hypothesis]:
-        """Pairs of those that matter in the failing call where the fewest do."""
-        self._left = PAIRS * _AVERAGE
-        matter = {id(q): [h for h in self.hypotheses if self.matters(h, q)] for q in _varied(self.failing)}
-        call = min((q for q in _varied(self.failing) if len(matter[id(q)]) > 1), key=lambda q: len(matter[id(q)]), default=None)
-        if call is None:
-            return []
-        pairs = ((one, other, _together(one, other)) for one, other in itertools.combinations(matter[id(call)], 2))
-        return [
-            both
-            for one, other, pair in pairs
-            for both in self._consistent([pair], call)
-            if _separated(self, one, both, call) and _separated(self, other, both, call)
-        ]
+    def _near(self) -> list[tuple[Question, list[Hypothesis]]]:
+        """Faults one by one, those first whose answers are nearest to the given ones; none that are hardly nearer than the specification's."""
+        calls = _varied(self._cheap)
+        self._left = NEAREST * _AVERAGE
+        far = _NEARER * self._distance(Hypothesis(), calls)
+        ranked = [(self._distance(h, calls), n) for n, h in enumerate(self.hypotheses) if self._left > 0]
+        return [(calls[0], [self.hypotheses[n]]) for distance, n in sorted(ranked)[:_NEAR] if distance < far]
+
+    def _nearest(self, one: Hypothesis, conflict: Question) -> list[Hypothesis]:
+        """Pairs with one fault that bring its answers nearest to the given ones in calls that it does not explain; each call passes few on."""
+        unexplained = (q for q in _varied(self._cheap, len(self._cheap)) if not self.ratio(one, q) <= 1.0)
+        calls = dict.fromkeys([conflict.whole or conflict, *itertools.islice(unexplained, _UNEXPLAINED)])
+        pairs = [both for other in self.hypotheses for both in [_together(one, other)] if both is not None]
+        for question in calls:
+            ranked = [(self._bits(both, question), n) for n, both in enumerate(pairs) if self._left > 0]
+            pairs = [pairs[n] for _, n in sorted(ranked)[: max(_HELD, len(pairs) // 8)]]
+        return pairs
+
+    @property
+    def _cheap(self) -> list[Question]:
+        """Failing calls in which very many hypotheses can be evaluated, or the cheapest there is."""
+        return [q for q in self.failing if q.cost <= 2 * _AVERAGE] or self.failing[:1]
+
+    def _needed(self, one: Hypothesis, both: Hypothesis, conflict: Question) -> bool:
+        """Whether a second fault explains what the first one does not, and not a rounding more or less that tips the balance.
+
+        Two hypotheses that round much are hardly ever separated: then the second fault has to bring the answers far nearer.
+        """
+        return 2 * self._bits(both, conflict) < self._bits(one, conflict) or _separated(self, one, both, conflict)
+
+    def _distance(self, hypothesis: Hypothesis, calls: Sequence[Question]) -> float:
+        """By how many bits the answers in some calls are beyond tolerance under the hypothesis, on average."""
+        return float(np.mean([self._bits(hypothesis, question) for question in calls]))
+
+    def _bits(self, hypothesis: Hypothesis, question: Question) -> float:
+        """The same in one call: the mean over elements and then outputs; beyond the specification's tolerance, since its own costs more."""
+        said = self.answers(hypothesis if self.shows(hypothesis, question) else Hypothesis(), question)
+        found = []
+        for name, allowed in self._allowed(question).items():
+            if name in said.outputs:
+                got = question.case.answers[name].astype(np.float64)
+                off = np.log2(1.0 + ratio(got, said.outputs[name].reshape(got.shape), allowed))
+                found.append(np.minimum(off, _FARTHEST).mean())
+        return float(np.mean(found)) if found else 0.0
 
     def _consistent(self, pairs: Iterable[Hypothesis | None], first: Question) -> Iterator[Hypothesis]:
         """Pairs that explain one call, and then all; as many as may still be tried."""
@@ -460,18 +506,6 @@ class Search:
                 return
             if both is not None and self.refuting(both, [first]) is None and self.refuting(both) is None:
                 yield both
-
-    def matters(self, hypothesis: Hypothesis, question: Question) -> bool:
-        """Whether the hypothesis says anything else than the specification in a call, beyond rounding."""
-        if not self.shows(hypothesis, question):
-            return False
-        said = self.answers(hypothesis, question)
-        for name in question.case.answers.keys() & said.outputs.keys():
-            right, wrong = question.case.truth[name], said.outputs[name]
-            with np.errstate(invalid="ignore"):
-                if not np.allclose(wrong.reshape(right.shape), right, rtol=1e-9, atol=1e-9, equal_nan=True):
-                    return True
-        return False
 
     # ---- numbers ----------------------------------------------------------------------------------------------------------------------
 
@@ -518,9 +552,10 @@ class Search:
 
     def _allowed(self, question: Question) -> dict[str, np.ndarray]:
         """Tolerances under the specification: what residuals are weighed by, since an lse may be a thousand times as exact as the output."""
-        said = self.answers(Hypothesis(), question)
-        allowed = said.tolerance(self.profile, self.alpha)
-        return {n: allowed[n].reshape(x.shape) for n, x in question.case.answers.items() if n in allowed and x.size}
+        if id(question) not in self._weights:
+            allowed = self.answers(Hypothesis(), question).tolerance(self.profile, self.alpha)
+            self._weights[id(question)] = {n: allowed[n].reshape(x.shape) for n, x in question.case.answers.items() if n in allowed and x.size}
+        return self._weights[id(question)]
 
     # ---- what is said -----------------------------------------------------------------------------------------------------------------
 

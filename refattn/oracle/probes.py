@@ -18,7 +18,7 @@ from ..catalog import unknown
 from ..errors import ParameterError, UnknownVariantError
 from ..foreign import as_numpy
 from ..problem import bind
-from ..spec import Dims, Operand, Plan, Product, Variant, every_size, shape
+from ..spec import Dims, Operand, Plan, Product, Variant, Window, every_size, shape
 from . import designs
 from .cotangents import SMALL, with_cotangents
 from .designs import Design
@@ -197,10 +197,11 @@ class _Maker:
             for value in values:
                 yield f"{name}={value!r}", {name: value}
 
-    def together(self) -> list[dict[str, Any]]:
-        """Every parameter at once: the first other value of each, and the last where that differs."""
-        ends = [{name: values[n] for name, values in self.tries.items() if values} for n in (0, -1)]
-        return ends if ends[0] != ends[1] else ends[:1]
+    def one_sided(self) -> Iterator[tuple[str, tuple[int | None, int | None]]]:
+        """Windows with one bound: a missing one is none, and neither 0 nor the other."""
+        for name, values in self.tries.items():
+            if values and isinstance(self.variant.param(name).kind, Window):
+                yield from ((name, (values[0][0], None)), (name, (None, values[-1][1])))
 
     def dims(self, sizes: Dims) -> dict[str, int]:
         dims = every_size({**_BASE, **sizes})
@@ -257,6 +258,9 @@ class _Maker:
                 operands = self.operands(rng, {"T": 30, "S": 45}, (o.name,))
                 yield Probe(f"{title} with {o.name}", operands, self.params(chosen), (*chosen, o.name))
         yield Probe("the same call several times", self.operands(rng, _SHAPES[3][1]), self.params({}), ("the same answer every time",), repeats=4)
+        for name, window in self.one_sided():
+            for why, sizes in (_SHAPES[0], _SHAPES[3]):  # some kernels have windows of square calls only
+                yield Probe(f"{name}={window}, {why}", self.spread(self.operands(rng, sizes), 2.0), self.params({name: window}), (name,))
 
     def designed(self, asked: tuple[Design, ...], rng: np.random.Generator) -> Iterator[Probe]:
         """The calls of some designs, as far as the candidate takes what they are about, none of them twice."""

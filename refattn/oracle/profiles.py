@@ -40,6 +40,8 @@ class Profile:
         Unit roundoff of operands transformed before use (queries multiplied by the scale and stored); 0 if never.
     scores : float
         Unit roundoff of scores stored before they are normalised; 0 if they stay in the accumulator.
+    distances : float
+        Unit roundoff of scores less the maximum of their row, which a sink may be, stored before they are exponentiated; 0 if they stay there.
     probabilities : float
         Unit roundoff of weights stored before they meet the values; 0 if they stay in the accumulator.
     smallest_probability : float
@@ -83,6 +85,7 @@ class Profile:
     extra_bits: int = 0
     operands: float = 0.0
     scores: float = 0.0
+    distances: float = 0.0
     probabilities: float = 0.0
     smallest_probability: float = 0.0
     normalised: bool = True
@@ -143,6 +146,7 @@ def _eager(dtype: np.dtype) -> Profile:
         _SINGLE,
         operands=narrow.unit,
         scores=narrow.unit,
+        distances=narrow.unit,
         probabilities=narrow.unit,
         smallest_probability=narrow.tiny,
         exp_error=narrow.unit,

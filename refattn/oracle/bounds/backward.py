@@ -145,7 +145,8 @@ class Backward:
         own = self.scored.weight[0]
         away = np.where(self.visible, np.abs(self.scored.scores - np.where(np.isfinite(self.lse), self.lse, 0.0)[..., None]), 0.0)
         away = np.where(np.isfinite(away), away, 0.0) * self.u
-        return Bound((1 + own.worst) * (1 + away) - 1, np.hypot(own.likely, self.lam * away))
+        found = Bound((1 + own.worst) * (1 + away) - 1, np.hypot(own.likely, self.lam * away))
+        return found.linear(self.scored.weight[1]) if self.profile.weights_kept else found
 
     @functools.cached_property
     def row(self) -> Bound:

@@ -213,14 +213,19 @@ class Scored:
         top = np.maximum(top, sinks[:, None, None])
         top = np.where(np.isfinite(top), top, 0.0)
         below = np.where(self.scored, np.abs(self.scores - top), 0.0)
-        common = 3 * u * below  # scale and log2(e) are rounded once
+        nearest = np.min(below, axis=axis, keepdims=True, where=self.scored, initial=np.inf)
+        nearest = np.where(np.isfinite(nearest), nearest, 0.0)
+        apart = 2 * u * below + profile.distances * (below - nearest)
+        together = _factor(profile.distances * nearest)  # scores that lie close to one another, far below a sink, are all rounded one way
+        common = 3 * u * below + together  # scale and log2(e) are rounded once
         steps = max(0, math.ceil(self.weights.shape[axis] / profile.tile) - 1) if profile.tile else 0
         function = (steps + 1) * (profile.exp_error + u) + steps * u
-        worst = _factor(score.worst + 2 * u * below + function)
-        likely = np.hypot(score.likely, lam * 2 * u * below)
+        worst = _factor(score.worst + apart + function)
+        likely = np.hypot(score.likely, lam * apart)
         likely = _factor(np.hypot(likely, lam * (profile.exp_error + u) * math.sqrt(steps + 1)))
         distance = np.where(np.isfinite(sinks), sinks, 0.0)[:, None] - (top[..., 0] if axis == 3 else 0.0)
-        return Bound(worst, likely), common, function + 2 * u * np.abs(distance)
+        of_sink = function + 2 * u * np.abs(distance) + _factor(profile.distances * np.abs(distance))
+        return Bound(worst, likely) * (1 + together), common, of_sink
 
     def _row(self, weight: Bound) -> Bound:
         """What each row's sum of weights may lose, as a part of it; at 1 nothing is known about the row."""

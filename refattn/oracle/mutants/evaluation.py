@@ -445,8 +445,8 @@ def in_sight(problem: Problem, plan: Plan, reading: Reading) -> np.ndarray:
         return seen
     left, right = reversed(window) if reading.window == "exchanged" else window
     right = {"open": None, "closed": 0}.get(reading.window_right, right)
-    if reading.window_right == "-1 where open" and right is None and left is not None and not causal:
-        right = -1
+    if right is None and left is not None and not causal:
+        right = {"-1 where open": -1, "0 where open": 0, "left where open": left}.get(reading.window_right)
     if not reading.causal_window:
         offset = 0 if given == "top_left" else n_k - n_q
     offset = 0 if reading.window == "top left" else offset

@@ -59,7 +59,7 @@ class Reading:
     causal_offset: int = 0  #: so many keys more of the future
     window: str = "given"  #: "never", "exchanged", "top left"
     window_edge: int = 0  #: tiles of so many keys are skipped where the window begins inside them
-    window_right: str = "given"  #: "open", "closed", "-1 where open"
+    window_right: str = "given"  #: "open", "closed"; "-1", "0" or "left", "... where open"
     window_left_offset: int = 0
     window_right_offset: int = 0
     lost_without_mask: str = ""  #: what hides nothing unless there is a mask: "causal", "window", "causal, window"

@@ -100,7 +100,7 @@ MUTANTS = [
     *mutants(
         "M13", "mean on a row that sees nothing", "A row without a visible key averages all values, as a finite fill does.",
         "out_i = 0", "out_i = mean of all v_j",
-        {"empty": "mean"}, {"empty": "mean", "lse": "zero where empty"}, evidence="mlx#2395", needs="hidden pairs, softmax", prior=4,
+        *skipping({"empty": "mean"}), {"empty": "mean", "lse": "zero where empty"}, evidence="mlx#2395", needs="hidden pairs, softmax", prior=4,
     ),
     *mutants(
         "M13", "hidden scores of -1e9",
@@ -184,6 +184,16 @@ MUTANTS = [
         "The number that stands for no bound is added as one, so that a query sees earlier keys only.",
         "i + S - T - left <= j", "i + S - T - left <= j <= i + S - T - 1",
         {"window_right": "-1 where open"}, evidence="FlashAttention hopper/test_util.py (reference)", needs="window",
+    ),
+    *mutants(
+        "W2", "open right side of the window taken for 0", "A window without a right bound hides every key of the future.",
+        "i + S - T - left <= j", "i + S - T - left <= j <= i + S - T",
+        {"window_right": "0 where open"}, needs="window",
+    ),
+    *mutants(
+        "W2", "open right side of the window taken for the left one", "A window without a right bound reaches as far forward as it does back.",
+        "i + S - T - left <= j", "i + S - T - left <= j <= i + S - T + left",
+        {"window_right": "left where open"}, needs="window",
     ),
     *mutants(
         "W3", "sides of the window exchanged", "Left and right change places.",
