@@ -33,10 +33,11 @@ _known: dict[Hashable, Known | None] = {}
 _MOST_KNOWN = 256
 
 
-def key_of(variant: Variant, backend: str, returns: Any, layout: Any, operands: Sequence[Any], keywords: Arrays, state: Any = _NOTHING) -> Hashable:
+def key_of(variant: Variant, backend: Any, returns: Any, layout: Any, operands: Sequence[Any], keywords: Arrays, state: Any = _NOTHING) -> Hashable:
     """All that a call's way depends on but the numbers in its arrays; None where an array is none of NumPy's, or more is wanted than ``out``."""
-    plain = returns in (None, "out", ("out",)) and layout == "BHTD" and backend in ("auto", "cpu") and isinstance(state, Mapping)
-    if not plain:
+    only = returns[0] if type(returns) is tuple and len(returns) == 1 else "out" if returns is None else returns
+    plain = _is_one_of(only, "out") and _is_one_of(layout, "BHTD") and _is_one_of(backend, "auto", "cpu")
+    if not plain or not isinstance(state, Mapping):
         return None
     arrays: list[Any] = [(None, x.shape, x.dtype, x.strides, True) for x in operands if type(x) is np.ndarray]
     arrays += [(name, x.shape, x.dtype, x.strides, x.flags.writeable) for name, x in state.items() if type(x) is np.ndarray]
@@ -50,6 +51,11 @@ def key_of(variant: Variant, backend: str, returns: Any, layout: Any, operands: 
             return None
     complete = len(arrays) + len(named) == len(state) + len(operands) + len(keywords)
     return (variant, backend, *named, None, *arrays) if complete else None
+
+
+def _is_one_of(x: Any, *words: str) -> bool:
+    """Of whatever a caller may have given."""
+    return type(x) is str and x in words
 
 
 def known(key: Hashable) -> Known | None:
