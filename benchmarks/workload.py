@@ -13,8 +13,8 @@ import numpy as np
 from refattn import catalog, precision
 from refattn.spec import shape
 
-#: Sizes of the axes that are not lengths; every axis that is not named here has 32.
-SIZES = {"B": 1, "Hq": 2, "Hkv": 2}
+#: Sizes of the axes that are not lengths; every axis that is not named here has 32.  An odd number of slots, or CyFA is no recurrence.
+SIZES = {"B": 1, "Hq": 2, "Hkv": 2, "Z": 33}
 LENGTHS = (64, 256)
 
 VARIANTS = catalog.names()
