@@ -4,9 +4,9 @@ A task is a stretch of keys of one sequence and key-value head, for all rows of 
 Vectors run along the widths of keys and values, and along keys in between.  Stretches have one length whatever the number of threads,
 and are merged in order: so are the bits.
 
-Memory is read at its pace only if it never waits for arithmetic: rows are called for ahead, in every loop that reads them.  A processor drops calls
-for which it has no room, and those into its first cache are the fewest it has room for; so every row is called into the second, three times, from
-far, half as far and a quarter.  A tile is long, so that there are few turns from keys to values.
+Memory is read at its pace only if it never waits for arithmetic: rows are called for ahead, in every loop that reads them.  Calls are
+hints that a processor with many under way may drop: every row is called into the second-level cache, where more may be under way than into the first,
+and three times, from far, half as far and a quarter.  A tile is long, so that there are few turns from keys to values.
 
     1. for every tile of keys: scores of every row; scale, soft-cap, bias, hidden keys to -inf; exponentials; values
     2. merge the stretches by their maxima and sums; the sink; lse

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...spec import Dims, Factor, Product, Recurrence, Variant, shape
+from .lowered import HEADS, WIDTH, WRITES, places_of
 
 
 def allocated(variant: Variant, dims: Dims, params: Mapping[str, Any], itemsize: int) -> int:
@@ -63,10 +64,10 @@ def _recurrent(sizes: _Sizes, itemsize: int) -> int:
     keys, values, erasures = ([getattr(write, part) for write in rule.writes] for part in ("key", "value", "erase"))
     written = [rule.log_decay, rule.bonus, *keys, *erasures]
     others = [rule.log_value_decay, rule.input_gate, *values]
-    states = sizes.largest(_HEADS, *written, *others)
-    heads = max(states, sizes.largest(_HEADS, rule.query, rule.skip))
-    n_keys, n_values = sizes.largest(_WIDTH, rule.query, *written), sizes.largest(_WIDTH, *values)
-    steps = sum(sizes.largest(_WRITES, write.key, write.value, write.erase) for write in rule.writes)
+    states = sizes.largest(HEADS, *written, *others)
+    heads = max(states, sizes.largest(HEADS, rule.query, rule.skip))
+    n_keys, n_values = sizes.largest(WIDTH, rule.query, *written), sizes.largest(WIDTH, *values)
+    steps = sum(sizes.largest(WRITES, write.key, write.value, write.erase) for write in rule.writes)
     batch, reads, wrote = dims.get("B", 1), dims["T"], dims.get("S", dims["T"])
     tokens, summed = max(reads, wrote) if rule.causal else reads + wrote, n_values + bool(rule.normalizer)  # the mass is one more column
     of_token, gates = (batch, states, tokens), [rule.input_gate] if rule.input_gate else []
@@ -75,7 +76,7 @@ def _recurrent(sizes: _Sizes, itemsize: int) -> int:
         ([*keys, *gates], (*of_token, steps, n_keys)),
         ([*values, (), *gates] if rule.normalizer else values, (*of_token, steps, summed)),
         (erasures, (*of_token, steps, n_keys)),
-        ([rule.log_decay], (*of_token, 1, sizes.product(rule.log_decay)[_WIDTH])),
+        ([rule.log_decay], (*of_token, 1, sizes.product(rule.log_decay)[WIDTH])),
         ([rule.bonus], (*of_token, 1, n_keys)),
         ([rule.log_value_decay], (*of_token, 1, n_values)),
     )
@@ -87,17 +88,12 @@ def _recurrent(sizes: _Sizes, itemsize: int) -> int:
     return kernel * (made + held + batch * heads * tokens * summed + divided + raised + (2 * rows * n_values if rule.skip else 0))
 
 
-#: Places of axes of a product.
-_BATCH, _HEADS, _TOKENS, _WRITES, _WIDTH = range(5)
-
-
 class _Sizes:
     """Sizes of a recurrence's products over batch, heads, tokens, writes and width; of an operand that is absent 1."""
 
     def __init__(self, axes: Mapping[str, str], absent: set[str], rule: Recurrence, dims: Dims) -> None:
         self.axes, self.absent, self.rule, self.dims = axes, absent, rule, dims
-        heads = dict.fromkeys((rule.heads,) if rule.heads else ("Hq", "Hkv", "H", "G"), _HEADS)
-        self.places = {"B": _BATCH, "T": _TOKENS, "S": _TOKENS, **heads, **({rule.steps: _WRITES} if rule.steps else {})}
+        self.places = places_of(rule.heads, rule.steps)
 
     def largest(self, place: int, *products: Product) -> int:
         return max(self.product(product)[place] for product in products)
@@ -125,7 +121,7 @@ class _Sizes:
         return narrow * math.prod(self._shape(factor.operand)) + math.prod(self._shape(factor))
 
     def _at(self, factor: Factor | str) -> list[int]:
-        return [self.places.get(axis, _WIDTH) for axis in self.axes[factor if isinstance(factor, str) else factor.operand].split()]
+        return [self.places.get(axis, WIDTH) for axis in self.axes[factor if isinstance(factor, str) else factor.operand].split()]
 
     def _shape(self, factor: Factor | str) -> tuple[int, ...]:
         """That of an operand, or of its map, which says its width when it is asked for one token's."""

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+#: The five axes of a product.
+BATCH, HEADS, TOKENS, WRITES, WIDTH = range(5)
+
+
+@functools.cache
+def places_of(own_heads: str, steps_axis: str) -> Mapping[str, int]:
+    """Which of the five axes an axis of that name is, as a recurrence's `heads` and `steps` say; every other is a width."""
+    heads = (own_heads,) if own_heads else ("Hq", "Hkv", "H", "G")
+    steps = {steps_axis: WRITES} if steps_axis else {}
+    return {"B": BATCH, **dict.fromkeys(heads, HEADS), "T": TOKENS, "S": TOKENS, **steps}
 
 
 @dataclass(frozen=True, eq=False)

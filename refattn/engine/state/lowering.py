@@ -18,20 +18,11 @@ from ...problem import Problem
 from ...spec import Factor, Product, Recurrence, shape
 from ..run import format_of
 from . import maxima
-from .lowered import Lowered
+from .lowered import HEADS, TOKENS, WIDTH, WRITES, Lowered, places_of
 
-BATCH, HEADS, TOKENS, WRITES, WIDTH = range(5)
 Numbers = dict[str, np.ndarray]
 
 # ---- axes --------------------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def places_of(own_heads: str, steps_axis: str) -> Mapping[str, int]:
-    """Which of the five axes an axis of that name is, as a recurrence's `heads` and `steps` say; every other is a width."""
-    heads = (own_heads,) if own_heads else ("Hq", "Hkv", "H", "G")
-    steps = {steps_axis: WRITES} if steps_axis else {}
-    return {"B": BATCH, **dict.fromkeys(heads, HEADS), "T": TOKENS, "S": TOKENS, **steps}
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import numpy as np
 from ...errors import BackendUnavailableError
 from ...problem import Problem
 from ...spec import Dims, Recurrence, Reduction, Variant
+from .lowered import places_of
 
 FORMS = ("recurrent", "quadratic", "chunked")
 
@@ -77,7 +78,7 @@ def has_narrow_states(problem: Problem) -> bool:
 
 def _columns(rule: Recurrence, axes: Mapping[str, str], dims: Dims) -> float:
     """Columns of a recurrence's states; infinite where only its operands say."""
-    others = {"B", "T", "S", rule.steps, *((rule.heads,) if rule.heads else ("Hq", "Hkv", "H", "G"))}
+    others = places_of(rule.heads, rule.steps)
     names = [f if isinstance(f, str) else f.operand for write in rule.writes for f in write.value]
     widths = [[int(axis) if axis.isdecimal() else dims.get(axis, math.inf) for axis in axes[name].split() if axis not in others] for name in names]
     return max((math.prod(sizes) for sizes in widths), default=1)
