@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, ModuleType
@@ -12,6 +13,7 @@ import numpy as np
 from . import catalog, definition, entrywise
 from .costs import flops
 from .engine import run as engine
+from .engine import vectorized
 from .engine.learner import run as learner
 from .engine.state import run as state
 from .engine.state.allocated import allocated as allocated_by_states
@@ -43,7 +45,7 @@ def run(problem: Problem, backend: str, form: str | None = None, homes: Mapping[
     def reason() -> str:
         if backend == "auto" and form is None and _better_defined(problem):
             return "its definition is done before"
-        return _room_of(problem.variant).reason_against(problem)
+        return _room_of(problem.variant).reason_against(problem) or _without_compiler()
 
     if _chosen(problem, backend, form, reason) == "definition":
         return definition.run(problem)
@@ -78,19 +80,26 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: s
     _check_gradients(problem, backend)
 
     def reason() -> str:
-        if _room_of(problem.variant) is learner:
-            return "there is no kernel for its gradients"
-        if not problem.variant.recurs:
-            return engine.reason_against_gradients(problem, cotangents)
-        return state.reason_against_gradients(problem, form)
+        vain = form is not None or vectorized.reason_against_gradients(problem)
+        return reason_against_kernels() if vain else ""
+
+    @functools.cache
+    def reason_against_kernels() -> str:
+        if problem.variant.recurs:
+            return state.reason_against_gradients(problem, form) or _without_compiler()
+        return engine.reason_against_gradients(problem, cotangents) or _without_compiler()
 
     if _chosen(problem, backend, form, reason) == "definition":
         return derivatives.gradients(problem, cotangents)
-    if not problem.variant.recurs:
+    if reason_against_kernels():
+        of_one = vectorized.gradients
+    elif problem.variant.recurs:
+        of_one = functools.partial(state.gradients, form=form)
+    else:
         return derivatives.Gradients(engine.gradients(problem, cotangents), {})
     if problem.sequences is None:
-        return derivatives.Gradients(state.gradients(problem, cotangents, form), {})
-    each = (state.gradients(one, derivatives.cotangents_of(problem, n, cotangents), form) for n, one in enumerate(split(problem)))
+        return derivatives.Gradients(of_one(problem, cotangents), {})
+    each = (of_one(one, derivatives.cotangents_of(problem, n, cotangents)) for n, one in enumerate(split(problem)))
     return derivatives.Gradients(derivatives.joined(problem, each), {})
 
 
@@ -133,7 +142,7 @@ def _chosen(problem: Problem, backend: str, form: str | None, reason: Callable[[
         raise BackendUnavailableError(f"{problem.variant.name}: backend 'cuda' is not part of this version; use 'cpu', 'definition' or 'auto'")
     if backend == "definition":
         return backend
-    against = reason() or _without_compiler()
+    against = reason()
     if against and form is not None:
         raise BackendUnavailableError(f"{problem.variant.name}: form {form!r} does not run this call: {against}; leave form out")
     if backend == "cpu" and against:

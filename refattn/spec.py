@@ -509,6 +509,10 @@ class Variant:
     reduction : callable, optional
         ``reduction(dims, params) -> Reduction``: the same operation as a recurrence of other operands, where it is not one of its own; None where
         that is so for other sizes only.
+    vectorized : callable, optional
+        ``vectorized(x, params) -> outputs``, both by name: all outputs by whole arrays, where no kernel has gradients of them.  Operands come in
+        float64 and with every axis in full, an absent one as its neutral element; parameters as `define` takes them, but choices by their
+        values.  Written in NumPy as far as `engine/tape.py` has it, so that gradients pass.
     returns : tuple of str
         Outputs given when the caller names none.
     ordered : callable
@@ -535,6 +539,7 @@ class Variant:
     plan: Callable[[Dims, Mapping[str, Any]], Plan] | None = None
     recurrence: Callable[[Dims, Mapping[str, Any]], Recurrence] | None = None
     reduction: Callable[[Dims, Mapping[str, Any]], Reduction | None] | None = None
+    vectorized: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] | None = None
     returns: tuple[str, ...] = ("out",)
     ordered: Callable[[Mapping[str, Any]], str] = lambda params: ""
     causal: Mapping[str, Any] | None = None

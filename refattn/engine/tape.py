@@ -1,22 +1,32 @@
-"""Differentiation of plain NumPy, backwards: what a reduction is written in is recorded on the way, and its gradients are collected on the way back.
+"""Differentiation of plain NumPy, backwards: what a reduction or a `vectorized` form is written in is recorded on the way, and its gradients are
+collected on the way back.
 
-Of NumPy there is what reductions need, and everything else is refused: arithmetic and the functions of `SLOPES`, sums, running sums, maxima and
-`logaddexp`, products of matrices, joining, repeating, reshaping, slices.  A comparison gives a plain array, and so does whatever is made of plain
-arrays alone.
+Of NumPy there is what these need, and everything else is refused: arithmetic and the functions of `SLOPES`, sums, maxima, running sums, maxima and
+`logaddexp`, products of matrices and systems of equations, joining, repeating, reshaping, slices.  A comparison gives a plain array, and so does
+whatever is made of plain arrays alone.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 Array = np.ndarray
+
+
+class Part(NamedTuple):
+    """A gradient that is 0 but in a slice."""
+
+    at: Any
+    d: Array
+
+
 #: Gradients of a value -> those of what it was made of.
-Pull = Callable[[Array], Array]
+Pull = Callable[[Array], Array | Part]
 
 _numbers = itertools.count()
 
@@ -34,15 +44,21 @@ class Traced(NDArrayOperatorsMixin):
         return self.value.shape
 
     def __getitem__(self, at: Any) -> Traced:
-        def pull(d: Array) -> Array:
-            into = np.zeros(self.shape)
-            into[at] = d
-            return into
-
-        return Traced(self.value[at], [(self, pull)])
+        return Traced(self.value[at], [(self, lambda d: Part(at, d))])
 
     def reshape(self, *sizes: int) -> Traced:
         return Traced(self.value.reshape(*sizes), [(self, lambda d: d.reshape(self.shape))])
+
+    def max(self, axis: int, keepdims: bool = False) -> Traced:
+        """The gradient goes to the first of several that are the largest."""
+        top = np.expand_dims(self.value.argmax(axis=axis), axis)
+
+        def pull(d: Array) -> Array:
+            into = np.zeros(self.shape)
+            np.put_along_axis(into, top, d if keepdims else np.expand_dims(d, axis), axis)
+            return into
+
+        return Traced(self.value.max(axis=axis, keepdims=keepdims), [(self, pull)])
 
     def sum(self, axis: int, keepdims: bool = False) -> Traced:
         def pull(d: Array) -> Array:
@@ -87,10 +103,19 @@ def collect(gradients: Iterable[tuple[Any, Array]], leaves: Mapping[str, Traced]
     """
     found: dict[int, Array] = {}
     waiting: dict[int, Traced] = {}
+    sums: set[int] = set()  # of which the array in `found` is nobody else's
 
-    def add(x: Traced, d: Array) -> None:
-        found[x.number] = found[x.number] + d if x.number in found else d
+    def add(x: Traced, d: Array | Part) -> None:
         waiting[x.number] = x
+        at, d = d if isinstance(d, Part) else (..., d)
+        if x.number in sums:
+            found[x.number][at] += d
+        elif x.number in found or at is not ...:
+            found[x.number] = np.array(np.broadcast_to(found.get(x.number, 0.0), x.shape))
+            found[x.number][at] += d
+            sums.add(x.number)
+        else:
+            found[x.number] = d
 
     for made, gradient in gradients:
         if isinstance(made, Traced):
@@ -133,6 +158,7 @@ SLOPES: dict[np.ufunc, tuple[Callable[..., Any], ...]] = {
     np.exp: (lambda y, a: y,),
     np.log: (lambda y, a: 1.0 / a,),
     np.log1p: (lambda y, a: 1.0 / (1.0 + a),),
+    np.tanh: (lambda y, a: 1.0 - y * y,),
     np.expm1: (lambda y, a: y + 1.0,),
     np.sqrt: (lambda y, a: 0.5 / y,),
     np.cos: (lambda y, a: -np.sin(a),),
@@ -179,6 +205,21 @@ def _matmul(a: Any, b: Any) -> Traced:
     return Traced(one @ other, parts)
 
 
+def _solve(a: Any, b: Any) -> Traced:
+    """Of a x = b, with a matrix on the right."""
+    matrix, x = value_of(a), np.linalg.solve(value_of(a), value_of(b))
+
+    def back(d: Array) -> Array:
+        return np.linalg.solve(np.swapaxes(matrix, -1, -2), d)
+
+    parts: list[tuple[Traced, Pull]] = []
+    if isinstance(a, Traced):
+        parts.append((a, lambda d: _gathered(-back(d) @ np.swapaxes(x, -1, -2), matrix.shape)))
+    if isinstance(b, Traced):
+        parts.append((b, lambda d: _gathered(back(d), b.shape)))
+    return Traced(x, parts)
+
+
 def _cumsum(x: Traced, axis: int) -> Traced:
     return Traced(np.cumsum(x.value, axis=axis), [(x, lambda d: np.flip(np.cumsum(np.flip(d, axis), axis=axis), axis))])
 
@@ -222,6 +263,8 @@ def _where(condition: Array, a: Any, b: Any) -> Traced:
 _RUNNING = {np.logaddexp: _running_logaddexp, np.maximum: _running_maximum}
 _FUNCTIONS: dict[Any, Callable[..., Traced]] = {
     np.sum: lambda x, axis, keepdims=False: x.sum(axis, keepdims),
+    np.max: lambda x, axis, keepdims=False: x.max(axis, keepdims),
+    np.linalg.solve: _solve,
     np.reshape: lambda x, shape: x.reshape(*shape),
     np.cumsum: _cumsum,
     np.concatenate: _concatenate,

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from ...problem import Problem
-from ...spec import Operand, Output, Reduction, Variant, shape
+from ...spec import Operand, Output, Reduction, Variant
 from ..run import format_of
 from ..tape import Traced, collect, value_of
+from ..vectorized import as_given, in_full, leaves_of
 
 Numbers = dict[str, np.ndarray]
 
@@ -45,8 +46,8 @@ class Reduced:
     def __init__(self, problem: Problem, trace: bool = False) -> None:
         assert problem.reduction is not None
         self.of, self.rule, self.trace = problem, problem.reduction, trace
-        own = {o.name: _in_full(problem, o) for o in problem.variant.operands}
-        self.leaves = {name: Traced(own[name]) for name in problem.given if own[name].dtype != bool} if trace else {}
+        own = in_full(problem)
+        self.leaves = leaves_of(problem, own) if trace else {}
         self.own: dict[str, Any] = {**own, **self.leaves}
         self.formatted = [(self.own[name], x) for name, x in problem.given.items() if x.dtype == format_of(problem) and x.shape == own[name].shape]
         self.first = self._made(self.rule, self.own)
@@ -65,8 +66,7 @@ class Reduced:
         for one, ends in reversed(passes):
             found = backward(one.problem, collect(seeds, ends))
             seeds += [(one.made[name.removeprefix("d_")], d) for name, d in found.items()]
-        real = {o.name for o in self.of.variant.operands if o.kind == "real"}
-        return {"d_" + name: self._given(name, d) for name, d in collect(seeds, self.leaves).items() if name in real}
+        return as_given(self.of, collect(seeds, self.leaves))
 
     def _made(self, rule: Reduction, x: Mapping[str, Any]) -> _Pass:
         with np.errstate(all="ignore"):
@@ -97,20 +97,6 @@ class Reduced:
                 return formatted
         self.formatted.append((made, np.asarray(value_of(made), format_of(self.of))))
         return self.formatted[-1][1]
-
-    def _given(self, name: str, d: np.ndarray) -> np.ndarray:
-        """In the shape the operand was given in; an element that is not finite is a constant."""
-        x = self.of.given[name]
-        if d.shape != x.shape:
-            d = d.sum(axis=tuple(range(d.ndim - x.ndim)))
-            d = d.sum(axis=tuple(n for n, size in enumerate(x.shape) if size == 1 and d.shape[n] != 1), keepdims=True)
-        return np.where(np.isfinite(np.asarray(x, np.float64)), d, 0.0)
-
-
-def _in_full(problem: Problem, o: Operand) -> np.ndarray:
-    """An operand in float64 or boolean, with every axis; one that was not given is its neutral element."""
-    x = problem.given.get(o.name, o.absent)
-    return np.broadcast_to(np.asarray(x, bool if o.kind == "boolean" else np.float64), shape(o.axes, problem.dims))
 
 
 def _inner(variant: Variant, rule: Reduction) -> Variant:

@@ -21,6 +21,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import softmax, sums_between
 from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -57,6 +58,16 @@ def define(q, k, v, gate, scale):
                     out[b, h, i, y] /= total
                 lse[b, h, i] = top + math.log(total)
     return out, lse
+
+
+def vectorized(x, params):
+    n_q, n_k, group = x["q"].shape[2], x["k"].shape[2], x["q"].shape[1] // x["k"].shape[1]
+    k, v = (np.repeat(x[name], group, axis=1) for name in ("k", "v"))
+    positions = np.arange(n_q) + n_k - n_q
+    faded = sums_between(x["gate"])[:, :, np.maximum(positions, 0)]
+    scores = params["scale"] * (x["q"] @ np.swapaxes(k, -1, -2)) + faded
+    weights, lse = softmax(np.where(np.arange(n_k) <= positions[:, None], scores, -np.inf))
+    return {"out": weights @ v, "lse": lse}
 
 
 def open_gates(run, x):
@@ -126,6 +137,7 @@ VARIANT = Variant(
     ),
     params=(Param("scale", Number(optional=True), None, "multiplies q . k; None is 1/sqrt(D)", lambda dims: dims["D"] ** -0.5, (0.37,)),),
     define=define,
+    vectorized=vectorized,
     cost=Cost(flops=f"B*Hq*({PAIRS}*(2*D + 2*E + 6) + {ROWS}*(E + 2))", memory="B*Hq*T*(E + 1) + S"),
     ordered=lambda params: "T S",
     causal={},

@@ -1,0 +1,86 @@
+"""Vectorized forms: their values are the definition's, and gradients back through them those of the definition run on dual numbers."""
+
+import numpy as np
+import pytest
+from catalogue import CALLS, LADDER, draw, flops, problem_of, rounding
+from test_gradients import SMALL, directional
+
+import refattn as ra
+from refattn import backends, catalog, definition
+from refattn.engine import vectorized
+from refattn.spec import Variant
+
+WITH_FORM = [c for c in CALLS if c.values[0].vectorized is not None]
+
+
+def values(variant: Variant, x, params):
+    """All outputs by whole arrays, in the order of the definition's."""
+    problem = problem_of(variant, x, params)
+    with np.errstate(all="ignore"):
+        found = variant.vectorized(vectorized.in_full(problem), vectorized.params_of(problem))
+    assert found.keys() == {o.name for o in variant.outputs}
+    return tuple(np.asarray(found[o.name]) for o in variant.outputs)
+
+
+def assert_values(variant, x, params):
+    allowed = rounding(lambda x: values(variant, x, params), x, variant, flops(variant, x, params))
+    expected = definition.run(problem_of(variant, x, params))
+    for (name, y), found, off in zip(expected.items(), values(variant, x, params), allowed, strict=True):
+        assert found.shape == y.shape, name
+        same = (found == y) | (np.isnan(found) & np.isnan(y))
+        assert np.all(np.abs(np.subtract(found, y, where=~same, out=np.zeros(y.shape))) <= off), name
+
+
+@pytest.mark.parametrize("dims", LADDER.values(), ids=LADDER)
+@pytest.mark.parametrize("variant, params", WITH_FORM)
+def test_values_are_those_of_the_definition(variant, params, dims):
+    assert_values(variant, draw(variant, dims, seed=3), params)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("n", [63, 64, 130])
+@pytest.mark.parametrize("variant, params", WITH_FORM)
+def test_lengths_around_those_of_chunks(variant, params, n):
+    assert_values(variant, draw(variant, {**SMALL, "T": n, "S": n}, seed=4), params)
+
+
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("variant, params", WITH_FORM)
+def test_gradients_are_those_of_dual_numbers(variant, params, optional):
+    """Along a random direction of each operand, within the rounding of as many operations as the definition has, each made twice or thrice."""
+    x = draw(variant, SMALL, seed=5, optional=optional)
+    problem, rng = problem_of(variant, x, params), np.random.default_rng(11)
+    results = definition.run(problem)
+    cotangents = {name: np.where((np.abs(y) < 1e6) | np.isinf(y), rng.standard_normal(y.shape), 0.0) for name, y in results.items()}
+    found = vectorized.gradients(problem, cotangents)
+    assert list(found) == ["d_" + name for name in problem.given if variant.operand(name).kind == "real"]
+    for name, d in found.items():
+        given = x[name.removeprefix("d_")]
+        assert d.shape == np.shape(given)
+        direction = np.where(np.isfinite(given), rng.standard_normal(np.shape(given)), 0.0)
+        exact, size = directional(problem, cotangents, {name.removeprefix("d_"): direction})
+        size += np.sum(np.abs(d * direction))
+        assert abs(np.sum(d * direction) - exact) <= 3 * 2.0**-53 * flops(variant, x, params) * size, name
+
+
+@pytest.mark.parametrize("variant", dict.fromkeys(c.values[0] for c in WITH_FORM), ids=lambda v: v.name)
+def test_a_call_takes_them_unless_the_definition_is_asked_for(variant):
+    x = draw(variant, SMALL)
+    problem = problem_of(variant, x, {})
+    d_out = np.ones(definition.run(problem)["out"].shape)
+    assert not backends.gradients(problem, {"out": d_out}, "auto").errors  # a definition's gradients have error estimates
+    assert backends.gradients(problem, {"out": d_out}, "definition").errors
+
+
+def test_what_is_not_finite_is_a_constant():
+    variant = catalog.variant("forgetting")
+    x = draw(variant, SMALL, seed=1)
+    x["gate"][..., 2] = -np.inf
+    found = ra.gradients("forgetting", **x, d_out=np.ones((1, 4, 3, 3)), d_lse=np.ones((1, 4, 3)))
+    assert np.all(found.d_gate[..., 2] == 0.0) and all(np.isfinite(d).all() for d in found)
+
+
+def test_an_empty_axis_is_left_to_the_definition():
+    variant = catalog.variant("forgetting")
+    x = draw(variant, {**SMALL, "S": 0})
+    assert np.all(ra.gradients("forgetting", **x, d_out=np.ones((1, 4, 3, 3))).d_q == 0.0)
