@@ -198,8 +198,9 @@ def gradients(
 
     Notes
     -----
-    The CPU engine recomputes weights from lse and needs memory proportional to the sequences.  A definition is differentiated numerically
-    (`refattn.derivatives`), about 17 evaluations for each element of each operand: made for small problems; there, elements and outputs
+    The CPU engine recomputes weights from lse and needs memory proportional to the sequences.  Where it has no kernel for gradients they go back
+    through the variant's whole arrays, in float64, which needs memory for all of these.  A definition is differentiated numerically
+    (`refattn.derivatives`), about 17 evaluations for each element of each operand: made for small problems.  In both, elements and outputs
     that are not finite count as constants.
 
     Examples
@@ -389,7 +390,7 @@ def describe(name: str) -> Description:
     UnknownVariantError
     """
     variant = catalog.variant(name)
-    return described(variant, backends.of(variant))
+    return described(variant, backends.of(variant), backends.gradients_by(variant))
 
 
 def cite(name: str) -> str:

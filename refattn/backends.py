@@ -123,6 +123,12 @@ def of(variant: Variant) -> tuple[str, ...]:
     return ("definition",) if plan is None or engine.reason_against_plan(plan) else ("definition", "cpu")
 
 
+def gradients_by(variant: Variant) -> str:
+    """What differentiates a variant with its defaults: the engine's kernels, its `vectorized` form, or differences of its definition."""
+    kernels = "cpu" in of(variant) and _room_of(variant) is not learner
+    return "kernels" if kernels else "differences" if variant.vectorized is None else "whole arrays"
+
+
 def allocated(variant: Variant, dims: Dims, params: Mapping[str, Any], itemsize: int) -> dict[str, int]:
     """Bytes that a forward call allocates, by backends other than the definition."""
     if variant.recurs:

@@ -26,6 +26,8 @@ class Description:
         Meaning of every axis name used.
     backends : tuple of str
         Which can run it.
+    gradients : str
+        What `refattn.gradients` takes, unless parameters want another: "kernels", "whole arrays" or "differences" (`refattn.backends`).
     formulas : mapping of str to str
         Cost in axis names; `refattn.cost` evaluates them.
     """
@@ -41,6 +43,7 @@ class Description:
     params: tuple[Param, ...]
     axes: Mapping[str, str]
     backends: tuple[str, ...]
+    gradients: str
     formulas: Mapping[str, str]
 
     def __str__(self) -> str:
@@ -53,11 +56,11 @@ class Description:
         lines += _table("parameters", [(p.name, f"= {p.default!r}", f"{p.meaning}; {p.kind.rule}") for p in self.params])
         lines += _table("axes", [(axis, "", meaning) for axis, meaning in self.axes.items()])
         lines += _table("cost", [(name, "", formula) for name, formula in self.formulas.items()])
-        lines += [f"backends: {', '.join(self.backends)}"]
+        lines += [f"backends: {', '.join(self.backends)}; gradients by {self.gradients}"]
         return "\n".join(lines)
 
 
-def described(variant: Variant, backends: tuple[str, ...]) -> Description:
+def described(variant: Variant, backends: tuple[str, ...], gradients: str) -> Description:
     """Everything a variant declares, gathered for reading."""
     return Description(
         name=variant.name,
@@ -71,6 +74,7 @@ def described(variant: Variant, backends: tuple[str, ...]) -> Description:
         params=variant.params,
         axes={axis: AXES[axis] for axis in variant.axes if axis in AXES},
         backends=backends,
+        gradients=gradients,
         formulas={"flops": variant.cost.flops, "numbers allocated": variant.cost.memory},
     )
 

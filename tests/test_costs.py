@@ -172,7 +172,7 @@ def test_the_state_engine_allocates_more_for_longer_sequences_as_the_cost_says(n
 @pytest.mark.compiled
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.values[0].recurs])
 def test_the_state_engine_allocates_what_the_cost_says_but_for_what_it_works_out_on_the_way(variant, one_thread):
-    """Up to a third more where there is a recurrence, up to twice as much where operands of one are made first; there may be less."""
+    """Up to half more where there is a recurrence, whose maps work on whole arrays, twice as much where its operands are made first; or less."""
     sizes = {**every_size({"B": 1, "Hq": 2, "Hkv": 1, "T": 1, "S": 1, "D": 3, "E": 8, "Dq": 3, "Dk": 3, "A": 3}), "M": 8}
     found, said = grown(variant.name, "float32", sizes, 2200, 1200)
-    assert said / (1.1 if variant.recurrence else 1.5) <= found <= said * (4 / 3 if variant.recurrence else 2.0)
+    assert said / (1.1 if variant.recurrence else 1.5) <= found <= said * (1.5 if variant.recurrence else 2.0)

@@ -34,12 +34,14 @@ KINDS = {
     "both ways": {"decay": "own", "fade": True},
     "one decay, and columns": {"decay": "one", "fade": True},
     "columns, three steps": {"fade": True, "steps": 3},
+    "written first": {"written_first": True},
+    "written first, three steps": {"written_first": True, "steps": 3},
 }
 
 
 def drawn(
     T, K=5, V=7, B=1, H=2, group=1, steps=1, decay="", erase=False, old=False, exclusive=False, bonus=False, fade=False, gate=-0.3,
-    dtype=np.float64, seed=0,
+    written_first=False, dtype=np.float64, seed=0,
 ):  # fmt: skip
     """Normal operands; keys of length one, of which an erasure takes from none to twice what is there; gates from 0 to `gate`."""
     rng = np.random.default_rng(seed)
@@ -47,19 +49,24 @@ def drawn(
     def normal(*shape):
         return rng.standard_normal(shape).astype(dtype)
 
+    reads, T = T, T + 5 * written_first
     b = normal(B, H, T, steps, K)
     b /= np.sqrt(np.sum(b * b, axis=-1, keepdims=True))
     beta = rng.choice([0.0, 0.5, 1.0, 2.0], (B, H, T, steps, 1)).astype(dtype)
     g = (gate * rng.uniform(0.0, 1.0, (B, H, T, 1 if decay == "one" else K))).astype(dtype) if decay else None
     f = (gate * rng.uniform(0.0, 1.0, (B, H, T, V))).astype(dtype) if fade else None
     return Lowered(
-        q=normal(B, H * group, T, K), b=b, w=normal(B, H, T, steps, V), S0=normal(B, H, K, V), g=g, e=beta * b if erase else None,
+        q=normal(B, H * group, reads, K), b=b, w=normal(B, H, T, steps, V), S0=normal(B, H, K, V), g=g, e=beta * b if erase else None,
         u=normal(B, H, T, K) if bonus else None, f=f, old=old, exclusive=exclusive, scale=0.5,
+        written_first=written_first,
     )  # fmt: skip
 
 
 def token_by_token(lowered):
     """Output and last state as the docstring of `Lowered` says them."""
+    if lowered.written_first:
+        out, state = token_by_token(lowered.in_a_row())
+        return out[:, :, lowered.b.shape[2] :], state
     q, b, w, S, g, e, u, f = (None if getattr(lowered, name) is None else getattr(lowered, name).astype(np.float64) for name in ARRAYS)
     S = S.copy()
     out, group = np.zeros((*q.shape[:3], w.shape[4])), q.shape[1] // b.shape[1]
@@ -160,7 +167,7 @@ def test_gradients_at_the_edges_of_chunks(kind, dtype):
 
 
 @pytest.mark.parametrize(("K", "V", "H", "group"), [(1, 1, 1, 1), (16, 16, 2, 1), (17, 31, 1, 3), (64, 64, 1, 2), (3, 100, 3, 1), (96, 5, 1, 1)])
-@pytest.mark.parametrize("kind", ["GLA", "gated delta", "KDA", "product, old", "columns", "both ways"])
+@pytest.mark.parametrize("kind", ["GLA", "gated delta", "KDA", "product, old", "columns", "both ways", "written first"])
 def test_any_width(kind, K, V, H, group):
     lowered = drawn(70, K=K, V=V, H=H, group=group, B=2, dtype=np.float32, **KINDS[kind])
     check_values(lowered)
@@ -195,7 +202,7 @@ def test_gates_that_differ_by_thousands_keep_every_digit():
     assert np.max(np.abs(whole - cut)) <= 2.0**-24 * roundings(lowered) * np.max(np.abs(cut))
 
 
-@pytest.mark.parametrize("kind", ["RWKV-6", "gated delta", "KDA", "product of three", "both ways"])
+@pytest.mark.parametrize("kind", ["RWKV-6", "gated delta", "KDA", "product of three", "both ways", "written first"])
 @pytest.mark.parametrize(("H", "group"), [(1, 1), (1, 3), (5, 1)])
 def test_bits_do_not_depend_on_the_number_of_threads(kind, H, group):
     lowered = drawn(300, K=32, V=80, H=H, group=group, dtype=np.float32, **KINDS[kind])
@@ -228,7 +235,7 @@ def test_operands_stay_as_they_were(kind):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("kind", ["gated delta", "KDA", "product of three", "both ways"])
+@pytest.mark.parametrize("kind", ["gated delta", "KDA", "product of three", "both ways", "written first"])
 def test_what_one_head_does_not_know_of_another(kind, dtype):
     """NaN in one head leaves the others, which the same thread computes after it in the same memory, as they were."""
     lowered = drawn(70, H=3, dtype=dtype, **KINDS[kind], **({} if KINDS[kind].get("fade") else {"bonus": True, "exclusive": True}))

@@ -1,4 +1,4 @@
-"""What `vectorized` forms share: functions of whole arrays, plain or recorded, in NumPy alone."""
+"""What `vectorized` forms and reductions share: functions of whole arrays, plain or recorded, in NumPy alone."""
 
 import numpy as np
 
@@ -7,13 +7,24 @@ def softmax(scores):
     """Weights along the last axis, and the logarithm of the sum of exponentials; a row of -inf has weights of 0 and -inf."""
     if scores.shape[-1] == 0:
         return scores, np.full(scores.shape[:-1], -np.inf)
-    top = np.max(scores, axis=-1, keepdims=True)
+    exponentials, total, log_total = _raised(scores, -1)
+    return exponentials / total, log_total[..., 0]
+
+
+def log_sum_exp(x, axis):
+    """The logarithm of the sum of exponentials along an axis that is not empty; of nothing but -inf, -inf."""
+    return np.sum(_raised(x, axis)[2], axis=axis)  # of one number
+
+
+def _raised(x, axis):
+    """Exponentials less the largest, their sum or 1 where it is 0, and the logarithm of the sum."""
+    top = np.max(x, axis=axis, keepdims=True)
     top = np.where(top == -np.inf, 0.0, top)
-    exponentials = np.exp(scores - top)
-    total = np.sum(exponentials, axis=-1, keepdims=True)
+    exponentials = np.exp(x - top)
+    total = np.sum(exponentials, axis=axis, keepdims=True)
     nothing = total == 0.0
     total = np.where(nothing, 1.0, total)
-    return exponentials / total, np.where(nothing, -np.inf, top + np.log(total))[..., 0]
+    return exponentials, total, np.where(nothing, -np.inf, top + np.log(total))
 
 
 def sigmoid(x):

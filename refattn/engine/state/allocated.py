@@ -69,10 +69,13 @@ def _recurrent(sizes: _Sizes, itemsize: int) -> int:
     n_keys, n_values = sizes.largest(WIDTH, rule.query, *written), sizes.largest(WIDTH, *values)
     steps = sum(sizes.largest(WRITES, write.key, write.value, write.erase) for write in rule.writes)
     batch, reads, wrote = dims.get("B", 1), dims["T"], dims.get("S", dims["T"])
-    tokens, summed = max(reads, wrote) if rule.causal else reads + wrote, n_values + bool(rule.normalizer)  # the mass is one more column
+    summed = n_values + bool(rule.normalizer)  # the mass is one more column
+    tokens_read, tokens = reads, wrote
+    if rule.causal or rule.input_gate:
+        tokens_read = tokens = max(reads, wrote) if rule.causal else reads + wrote
     of_token, gates = (batch, states, tokens), [rule.input_gate] if rule.input_gate else []
     arrays = (  # products side by side, and the array of them; masses and gates are no operand
-        ([rule.query], (batch, heads, tokens, 1, n_keys)),
+        ([rule.query], (batch, heads, tokens_read, 1, n_keys)),
         ([*keys, *gates], (*of_token, steps, n_keys)),
         ([*values, (), *gates] if rule.normalizer else values, (*of_token, steps, summed)),
         (erasures, (*of_token, steps, n_keys)),
@@ -85,7 +88,7 @@ def _recurrent(sizes: _Sizes, itemsize: int) -> int:
     rows, held = batch * heads * reads, 2 * batch * states * n_keys * summed
     divided = rows * (n_values + 5) if rule.normalizer else 0  # with masses, divisors, their slopes and the like
     raised = 6 * math.prod(of_token) if rule.input_gate else 0
-    return kernel * (made + held + batch * heads * tokens * summed + divided + raised + (2 * rows * n_values if rule.skip else 0))
+    return kernel * (made + held + batch * heads * tokens_read * summed + divided + raised + (2 * rows * n_values if rule.skip else 0))
 
 
 class _Sizes:

@@ -17,6 +17,7 @@ from ..references import hold, lent
 from ..simd import address, element_bytes, fma, lanes, load_at, mul, put_at, register_bytes, splat_at
 from ..tasks import take
 from ..threads import available_threads, launch
+from . import written_first
 from .chunked_backward import backward_alone, backward_parallel
 from .chunks import BLOCK, CHUNK, YES, advance, deliver, fetch, how_of, operands_of, read_chunk, relate, room_at, solve, times, up
 from .kernels import kernel
@@ -185,6 +186,8 @@ def backward(lowered: Lowered, d_out: np.ndarray, d_state: np.ndarray, threads: 
     threads : int, optional
         As many as Numba uses, unless said.  The result does not depend on it.
     """
+    if lowered.written_first:
+        return written_first.backward(lowered, d_out, d_state, threads)
     operands = arguments_of(lowered)
     results = tuple(np.zeros(one.shape, one.dtype) for one in operands)
     d_S0 = np.array(d_state, lowered.q.dtype, order="C")
@@ -208,13 +211,15 @@ def forward(lowered: Lowered, threads: int | None = None) -> tuple[np.ndarray, n
     threads : int, optional
         As many as Numba uses, unless said.  The result does not depend on it.
     """
+    columns = columns_of(lowered, available_threads() if threads is None else threads)
+    if lowered.written_first:
+        return written_first.forward(lowered, columns, threads)
     batch, query_heads, tokens, keys = lowered.q.shape
     values = lowered.w.shape[4]
     out, state = np.zeros((batch, query_heads, tokens, values), lowered.q.dtype), lowered.S0.copy()
     if not (out.size or state.size) or not tokens:
         return out, state
     chunk, block = sizes(lowered)
-    columns = columns_of(lowered, available_threads() if threads is None else threads)
     number = lowered.q.dtype.type
     arguments = (*arguments_of(lowered), state, out, number(lowered.scale), chunk, block, columns, int(lowered.old), int(lowered.exclusive))
     work = float(batch * query_heads * tokens) * keys * values

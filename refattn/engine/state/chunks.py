@@ -26,7 +26,7 @@ import numpy as np
 from numba import njit
 
 from ..panels import LOG2_E, START
-from ..simd import address, element_bytes, exp2, fill, lanes, load_at, load_part_at, mul, number_at, put_at, splat_at, times_unless_zero
+from ..simd import address, element_bytes, exp2, fill, lanes, load_at, load_part_at, mul, number_at, prefetch_at, put_at, splat_at, times_unless_zero
 from .products import EIGHT, LOWER_RESULT, ONE, WHOLE, apart, faded_row, multiply, rolled, substitute, transpose
 
 #: Steps of a chunk and of a block, or one token's where it has more.
@@ -175,7 +175,10 @@ def operands_of(q, b, w, e, g, u, f):
 
 @njit(error_model="numpy", cache=True)
 def fetch(like, source, source_row, rows, columns, factor, target, target_row):
-    """target = factor * source; columns up to the end of a row, and rows up to whole vectors and eights of them, become zero."""
+    """target = factor * source; columns up to the end of a row, and rows up to whole vectors and eights of them, become zero.
+
+    As many rows after these, the next chunk's, are called for.
+    """
     apart()
     step, size = lanes(like), element_bytes(like)
     wide, whole, every, zero = step * size, columns // step * step * size, fill(like, factor), fill(like, 0.0)
@@ -183,6 +186,7 @@ def fetch(like, source, source_row, rows, columns, factor, target, target_row):
         come, go = source + r * source_row, target + r * target_row
         for x in range(0, whole, wide):
             rolled()
+            prefetch_at(come + rows * source_row + x)
             put_at(go + x, mul(every, load_at(like, come + x)))
         if whole < target_row:
             put_at(go + whole, mul(every, load_part_at(like, come + whole, columns - whole // size)))

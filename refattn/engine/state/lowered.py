@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,6 +45,9 @@ class Lowered:
         Bonus of the token's own keys, [B, H, T, K], of exclusive reads only; None: the token does not see itself.
     f
         Logarithm of the decay of columns, [B, H, T, V], where nothing is `old` or `exclusive`.  None: they do not fade.
+    written_first
+        Whether all is written before anything is read, and nothing fades or is erased: then b and w have as many tokens as there are, and q has its
+        own.
     """
 
     q: np.ndarray
@@ -58,3 +61,20 @@ class Lowered:
     old: bool = False
     exclusive: bool = False
     scale: float = 1.0
+    written_first: bool = False
+
+    def in_a_row(self) -> Lowered:
+        """The same with one token after the other, of which the first are not read and the last write nothing."""
+        reads, writes = self.q.shape[2], self.b.shape[2]
+        q = _padded(self.q, writes, 0)
+        return replace(self, q=q, b=_padded(self.b, 0, reads), w=_padded(self.w, 0, reads), written_first=False)
+
+    def taken_apart(self, of: Lowered) -> Lowered:
+        """The way back, to the tokens that those of `of` are."""
+        writes = of.b.shape[2]
+        return replace(self, q=self.q[:, :, writes:], b=self.b[:, :, :writes], w=self.w[:, :, :writes], written_first=True)
+
+
+def _padded(x: np.ndarray, before: int, after: int) -> np.ndarray:
+    """Zeros before the first token and after the last."""
+    return np.pad(x, [(0, 0), (0, 0), (before, after), *[(0, 0)] * (x.ndim - 3)])

@@ -178,10 +178,14 @@ class Lowering:
         self.n_values = max(w.value.sizes[WIDTH] for w in self.writes)
         n_queries = problem.dims["T"]
         n_writes = problem.dims.get("S", n_queries)
+        self.written_first = not rule.causal and not rule.input_gate
         if rule.causal:  # the last query is aligned with the last key
             self.tokens = max(n_queries, n_writes)
             self.reads, self.wrote = (slice(self.tokens - n, self.tokens) for n in (n_queries, n_writes))
-        else:  # all is written before anything is read
+        elif self.written_first:
+            self.tokens = max(n_queries, n_writes)
+            self.wrote, self.reads = slice(0, n_writes), slice(0, n_queries)
+        else:  # that is so too, but states fade
             self.tokens = n_writes + n_queries
             self.wrote, self.reads = slice(0, n_writes), slice(n_writes, self.tokens)
         self.widths = tuple(self._widths([getattr(w, part) for w in rule.writes]) for part in ("key", "value"))
@@ -243,6 +247,7 @@ class Lowering:
             old=any(w.old for w in rule.writes),
             exclusive=rule.exclusive,
             scale=1.0 if rule.normalizer else rule.scale,
+            written_first=self.written_first,
         )
 
     def _writes(self, part: str, width: int) -> np.ndarray:
@@ -262,7 +267,7 @@ class Lowering:
 
     def _placed(self, x: np.ndarray, where: slice) -> np.ndarray:
         """Tokens in their places among all of them; 0 elsewhere."""
-        if x.shape[TOKENS] == self.tokens:
+        if x.shape[TOKENS] == self.tokens or self.written_first:
             return x
         padded = np.zeros((*x.shape[:TOKENS], self.tokens, *x.shape[TOKENS + 1 :]), self.format)
         padded[:, :, where] = x

@@ -136,6 +136,9 @@ def forward_parallel(q, b, w, e, g, u, f, old, exclusive, scale, state, out, thr
 
 def forward(lowered: Lowered, threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """What queries read [B, Hq, T, V], and the state after the last token [B, H, K, V]."""
+    if lowered.written_first:
+        out, state = forward(lowered.in_a_row(), threads)
+        return out[:, :, lowered.b.shape[2] :], state
     state = lowered.S0.copy()
     out = np.empty((*lowered.q.shape[:3], state.shape[3]), state.dtype)
     work = float(lowered.q[..., 0].size * lowered.w[0, 0, :, :, 0].size * sum(state.shape[2:]))

@@ -7,6 +7,8 @@ next, keeping all of those, before it takes them in reverse: memory grows with s
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numba import njit, prange
@@ -204,6 +206,8 @@ def forward(lowered: Lowered, threads: int | None = None) -> tuple[np.ndarray, n
 
 def advance(lowered: Lowered, state: np.ndarray, threads: int | None = None) -> np.ndarray:
     """What queries read, going on from `state` instead of S0; it becomes that after the last token."""
+    if lowered.written_first:
+        return advance(lowered.in_a_row(), state, threads)[:, :, lowered.b.shape[2] :]
     return _forward(lowered, state, np.empty((0, 0, 0, 0, 0), state.dtype), 1, threads)
 
 
@@ -396,17 +400,22 @@ def backward_parallel(q, b, w, e, g, u, f, old, exclusive, scale, every, kept, d
 
 def backward(lowered: Lowered, d_out: np.ndarray, d_state: np.ndarray, threads: int | None = None) -> Lowered:
     """Gradients of sum(d_out * out) + sum(d_state * state)."""
+    if lowered.written_first:
+        nothing = np.zeros((*d_out.shape[:2], lowered.b.shape[2], d_out.shape[3]), d_out.dtype)
+        return backward(lowered.in_a_row(), np.concatenate([nothing, d_out], axis=2), d_state, threads).taken_apart(lowered)
     format_, n_tokens = lowered.S0.dtype, lowered.q.shape[2]
     every = math.isqrt(max(n_tokens - 1, 0)) + 1
     state = lowered.S0.copy()
     kept = np.empty((*state.shape[:2], -(-n_tokens // every), *state.shape[2:]), format_)
     _forward(lowered, state, kept, every, threads)
     d_S0 = np.array(d_state, format_, order="C")
-    found = {name: np.zeros(x.shape, format_) for name in ("q", "b", "w", "e", "g", "u", "f") if (x := getattr(lowered, name)) is not None}
+    found: dict[str, Any] = {
+        name: np.zeros(x.shape, format_) for name in ("q", "b", "w", "e", "g", "u", "f") if (x := getattr(lowered, name)) is not None
+    }
     results = (found.get(name, _absent(name, format_)) for name in ("q", "b", "w", "e", "g", "u", "f"))
     arguments = (*inputs(lowered), every, kept, np.ascontiguousarray(d_out, format_), *results, d_S0)
     launch(backward_alone, backward_parallel, format_, arguments, 4.0 * work(lowered), threads, kernel)
-    return Lowered(S0=d_S0, **found, old=lowered.old, exclusive=lowered.exclusive, scale=lowered.scale)
+    return replace(lowered, S0=d_S0, **found)
 
 
 def work(lowered: Lowered) -> float:

@@ -171,7 +171,8 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], form: str 
 def _form(problem: Problem, lowered: Any, form: str | None) -> Any:
     """The module of a form; of none, the fastest that expresses it."""
     loaded = _loaded()
-    if form is None and lowered.q.shape[2] < loaded.CHUNKED_FROM:
+    tokens = lowered.q.shape[2] + (lowered.b.shape[2] if lowered.written_first else 0)
+    if form is None and tokens < loaded.CHUNKED_FROM:
         form = "recurrent"
     if form in (None, "chunked"):
         against = loaded.chunked.reason_against(lowered)

@@ -18,6 +18,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import log_sum_exp
 from refattn.pieces.feature_maps import softmax_features
 from refattn.spec import Cost, Example, Factor, Identity, Operand, Output, Paper, Recurrence, Reduction, Variant, Write
 
@@ -79,7 +80,7 @@ def reduction(dims, params):
         return x["x"] @ x["w_b"] + x["b_b"]
 
     def log_mass(x):
-        return np.logaddexp.accumulate(np.concatenate([x["initial_log_mass"][:, None], maps(x)], axis=1), axis=1)[:, -1]
+        return log_sum_exp(np.concatenate([x["initial_log_mass"][:, None], maps(x)], axis=1), axis=1)
 
     def operands(x):
         after = log_mass(x)

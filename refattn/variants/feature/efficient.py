@@ -22,6 +22,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import log_sum_exp
 from refattn.pieces.feature_maps import softmax_features
 from refattn.spec import Cost, Example, Factor, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
@@ -71,8 +72,7 @@ def reduction(dims, params):
     """Linear attention without a denominator, of queries and keys that go through their softmaxes."""
 
     def log_mass(x):
-        so_far = np.concatenate([x["initial_log_mass"][:, :, None], x["k"]], axis=2)
-        return np.logaddexp.accumulate(so_far, axis=2)[:, :, -1]
+        return log_sum_exp(np.concatenate([x["initial_log_mass"][:, :, None], x["k"]], axis=2), axis=2)
 
     def operands(x):
         after = log_mass(x)

@@ -58,14 +58,12 @@ def define(q, k, v, gate, angle, initial_state, initial_imaginary, scale):
 def reduction(dims, params):
     """States that do not turn, of queries and keys turned by the angles so far; the last state is turned back."""
 
-    def turned(x, by):
-        return np.concatenate([x * np.cos(by), x * np.sin(by)], axis=-1)
-
     def operands(x):
         so_far = np.cumsum(x["angle"], axis=2)
+        turns = np.cos(so_far), np.sin(so_far)
         return {
-            "q": turned(x["q"], np.repeat(so_far, dims["Hq"] // dims["Hkv"], axis=1)),
-            "k": turned(x["k"], so_far),
+            "q": np.concatenate([x["q"] * np.repeat(turn, dims["Hq"] // dims["Hkv"], axis=1) for turn in turns], axis=-1),
+            "k": np.concatenate([x["k"] * turn for turn in turns], axis=-1),
             "v": x["v"],
             "gate": np.concatenate([x["gate"], x["gate"]], axis=-1),
             "initial_state": np.concatenate([x["initial_state"], -x["initial_imaginary"]], axis=2),

@@ -23,6 +23,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import log_sum_exp
 from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Recurrence, Reduction, Variant, Write
 
 
@@ -61,17 +62,17 @@ def define(q, k, v, initial_state, initial_log_mass, scale):
 def reduction(dims, params):
     """Gated linear attention with keys exp(k - z) and the gates z_(t-1) - z_t."""
 
-    def log_masses(x):
-        return np.logaddexp.accumulate(np.concatenate([x["initial_log_mass"][:, :, None], x["k"]], axis=2), axis=2)
+    def scores(x):
+        return np.concatenate([x["initial_log_mass"][:, :, None], x["k"]], axis=2)
 
     def operands(x):
-        z = log_masses(x)
+        z = np.logaddexp.accumulate(scores(x), axis=2)
         before, after = z[:, :, :-1], np.where(z[:, :, 1:] == -np.inf, 0.0, z[:, :, 1:])
         gate = np.where(z[:, :, 1:] == -np.inf, 0.0, before - after)  # nothing has come yet
         return {"q": x["q"], "k": np.exp(x["k"] - after), "v": x["v"], "gate": gate, "initial_state": x["initial_state"]}
 
     def outputs(x, found):
-        return {"out": found["out"], "state": found["state"], "log_mass": log_masses(x)[:, :, -1]}
+        return {"out": found["out"], "state": found["state"], "log_mass": log_sum_exp(scores(x), axis=2)}
 
     return Reduction(
         Recurrence((Write(("k",), ("v",)),), log_decay=("gate",), scale=params["scale"]),

@@ -94,31 +94,25 @@ def reduction(dims, params):
     """A fading state with two writes, of the token before and of the token itself, whose keys and queries have been turned."""
     each = dims["H"] // dims["G"]
 
-    def turned(a, phase):
+    def turned(a, cos, sin):
         pairs = a.reshape(*a.shape[:-1], dims["F"], 2)
-        first, second, cos, sin = pairs[..., 0], pairs[..., 1], np.cos(phase), np.sin(phase)
+        first, second = pairs[..., 0], pairs[..., 1]
         both = [(cos * first - sin * second)[..., None], (sin * first + cos * second)[..., None]]
         return np.concatenate(both, axis=-1).reshape(*a.shape)
 
-    def phases(x):
-        return x["initial_phase"][:, :, None] + np.cumsum(x["dt"][..., None] * x["angle"], axis=2)
-
-    def keys(x):
-        """Turned, from the last one before the first token on."""
-        own = turned(np.repeat(x["B"], each, axis=1) + x["B_bias"][:, None], phases(x))
-        return np.concatenate([x["initial_last_key"][:, :, None], own], axis=2)
-
-    def values(x):
-        return np.concatenate([x["initial_last_value"][:, :, None], x["x"]], axis=2)
+    def keys(x, turns):
+        return turned(np.repeat(x["B"], each, axis=1) + x["B_bias"][:, None], *turns)
 
     def operands(x):
-        all_keys, all_values = keys(x), values(x)
+        phases = x["initial_phase"][:, :, None] + np.cumsum(x["dt"][..., None] * x["angle"], axis=2)
+        turns = np.cos(phases), np.sin(phases)
+        own = keys(x, turns)
         return {
-            "q": turned(np.repeat(x["C"], each, axis=1) + x["C_bias"][:, None], phases(x)),
-            "k": all_keys[:, :, 1:],
+            "q": turned(np.repeat(x["C"], each, axis=1) + x["C_bias"][:, None], *turns),
+            "k": own,
             "v": x["x"],
-            "last_k": all_keys[:, :, :-1],
-            "last_v": all_values[:, :, :-1],
+            "last_k": np.concatenate([x["initial_last_key"][:, :, None], own[:, :, :-1]], axis=2),
+            "last_v": np.concatenate([x["initial_last_value"][:, :, None], x["x"][:, :, :-1]], axis=2),
             "weight": x["mix"] * x["dt"],
             "last_weight": (1.0 - x["mix"]) * x["dt"] * np.exp(x["gate"]),
             "gate": x["gate"],
@@ -127,8 +121,12 @@ def reduction(dims, params):
         }
 
     def outputs(x, found):
-        turns = np.concatenate([x["initial_phase"][:, :, None], phases(x)], axis=2)
-        return {**found, "phase": turns[:, :, -1], "last_key": keys(x)[:, :, -1], "last_value": values(x)[:, :, -1]}
+        if dims["T"] == 0:
+            return {**found, **{name: x["initial_" + name] for name in ("phase", "last_key", "last_value")}}
+        phase = x["initial_phase"] + np.sum(x["dt"][..., None] * x["angle"], axis=2)
+        last = {**x, "B": x["B"][:, :, -1:]}
+        key = keys(last, (np.cos(phase)[:, :, None], np.sin(phase)[:, :, None]))
+        return {**found, "phase": phase, "last_key": key[:, :, 0], "last_value": x["x"][:, :, -1]}
 
     key, value, weight = "B H T F+F", "B H T E", "B H T"
     return Reduction(
