@@ -49,6 +49,9 @@ def test_every_function_of_numbers_has_its_slope(ufunc):
         lambda x: np.broadcast_to(x[:, None], (3, 2, 4)) * 2.0,
         lambda x: np.reshape(x, (2, 6))[..., 0],
         lambda x: 3.0 / (2.0 - x) + (x - 1.0) * x.reshape(3, 4),
+        lambda x: np.max(x, axis=1, keepdims=True) * np.max(x * x, axis=0),
+        lambda x: x[np.array([[0], [2]]), np.array([1, 1, 3])] * x[:2, :3],
+        lambda x: np.linalg.solve(x[:, :3] @ np.swapaxes(x[:, :3], 0, 1) + np.eye(3), x),
     ],
 )
 def test_every_function_of_arrays_passes_gradients_on(f):
@@ -58,6 +61,12 @@ def test_every_function_of_arrays_passes_gradients_on(f):
 @pytest.mark.parametrize("shapes", [((3, 4), (4, 2)), ((2, 3, 4), (4, 2)), ((1, 2, 3), (5, 3, 2))])
 def test_products_of_matrices_pass_gradients_on(shapes):
     agrees(np.matmul, *map(RNG.standard_normal, shapes))
+
+
+def test_a_singular_matrix_solves_nothing_and_leaves_the_others_alone():
+    x = Traced(np.array([[[1.0, 1.0], [1.0, 1.0]], [[2.0, 0.0], [0.0, 4.0]]]))
+    y = np.linalg.solve(x, np.ones((2, 2, 1)))
+    assert np.isnan(y.value[0]).all() and y.value[1].ravel().tolist() == [0.5, 0.25]
 
 
 def test_what_is_used_twice_gets_both_gradients():

@@ -19,7 +19,7 @@ Array = np.ndarray
 
 
 class Part(NamedTuple):
-    """A gradient that is 0 but in a slice."""
+    """A gradient that is 0 but where an index says."""
 
     at: Any
     d: Array
@@ -108,14 +108,16 @@ def collect(gradients: Iterable[tuple[Any, Array]], leaves: Mapping[str, Traced]
     def add(x: Traced, d: Array | Part) -> None:
         waiting[x.number] = x
         at, d = d if isinstance(d, Part) else (..., d)
-        if x.number in sums:
-            found[x.number][at] += d
-        elif x.number in found or at is not ...:
-            found[x.number] = np.array(np.broadcast_to(found.get(x.number, 0.0), x.shape))
-            found[x.number][at] += d
-            sums.add(x.number)
-        else:
+        if x.number not in found and at is ...:
             found[x.number] = d
+            return
+        if x.number not in sums:
+            found[x.number] = np.array(np.broadcast_to(found.get(x.number, 0.0), x.shape))
+            sums.add(x.number)
+        if isinstance(at, tuple) and any(isinstance(one, np.ndarray) for one in at):  # an element may be there several times
+            np.add.at(found[x.number], at, d)
+        else:
+            found[x.number][at] += d
 
     for made, gradient in gradients:
         if isinstance(made, Traced):
@@ -206,8 +208,12 @@ def _matmul(a: Any, b: Any) -> Traced:
 
 
 def _solve(a: Any, b: Any) -> Traced:
-    """Of a x = b, with a matrix on the right."""
-    matrix, x = value_of(a), np.linalg.solve(value_of(a), value_of(b))
+    """Of a x = b, with a matrix on the right; NaN where a is singular."""
+    matrix = value_of(a)
+    singular = np.linalg.slogdet(matrix)[0] == 0.0
+    if singular.any():
+        matrix = np.where(singular[..., None, None], np.nan, matrix)
+    x = np.linalg.solve(matrix, value_of(b))
 
     def back(d: Array) -> Array:
         return np.linalg.solve(np.swapaxes(matrix, -1, -2), d)

@@ -24,6 +24,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import sums_between
 from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -66,6 +67,53 @@ def define(q, k, v, gate, level_scale, initial_state, initial_position, scale):
                             out[b, h, t, y] += level_scale[b, h, t, level] * read
                         out[b, h, t, y] *= scale
     return out, state, position
+
+
+def vectorized(x, params):
+    """Sequence by sequence, since each has its position, and chunk by chunk: a level at its beginning stays together, and only where it goes changes."""
+    alone = [one_sequence({name: a[b] for name, a in x.items()}, params["scale"]) for b in range(x["q"].shape[0])]
+    outs, states = (np.concatenate([one[n][None] for one in alone], axis=0) for n in range(2))
+    return {"out": outs, "state": states, "position": x["initial_position"] + x["q"].shape[2]}
+
+
+def one_sequence(x, scale):
+    n, levels, group, chunk = x["q"].shape[1], x["level_scale"].shape[2], x["q"].shape[0] // x["k"].shape[0], 64
+    state, outs = x["initial_state"], []
+    start = int(np.asarray(getattr(x["initial_position"], "value", x["initial_position"])))
+    for first in range(0, n, chunk):
+        q, k, v, gate, weights = (x[name][:, first : first + chunk] for name in ("q", "k", "v", "gate", "level_scale"))
+        many = k.shape[1]
+        own, moved = levels_of(start + first, many, levels)
+        tokens = np.arange(many)[:, None]
+        faded = np.where(np.tri(many, dtype=bool), np.exp(sums_between(gate)), 0.0)
+        kept = np.exp(np.cumsum(gate, axis=1))
+        within = q @ np.repeat(np.swapaxes(k, -1, -2), group, axis=0) * np.repeat(faded, group, axis=0) * weights[:, tokens, own]
+        read = within @ np.repeat(v, group, axis=0)
+        before = np.repeat(kept, group, axis=0)[..., None]
+        ended = []
+        for level in range(levels):
+            read = read + before * weights[:, tokens, moved[:, level : level + 1]] * (q @ np.repeat(state[:, level], group, axis=0))
+            here = np.where(own[-1] == level, 1.0, 0.0)[:, None] * faded[:, -1, :, None]
+            stays = np.where(moved[-1] == level, 1.0, 0.0)[:, None, None]
+            ended.append((np.swapaxes(here * k, -1, -2) @ v + kept[:, -1, None, None] * np.sum(stays * state, axis=1))[:, None])
+        state = np.concatenate(ended, axis=1)
+        outs.append(scale * read)
+    return np.concatenate(outs, axis=1), state
+
+
+def levels_of(start, many, levels):
+    """Of tokens from a position on: the level of one of them to another, and where what was in a level before them has gone."""
+    own = [[min(((start + t) ^ (start + j)).bit_length(), levels - 1) for j in range(many)] for t in range(many)]
+    moved, now = [], list(range(levels))
+    for t in range(start, start + many):
+        into = 0
+        if t > 0:
+            into = min(1, levels - 1)
+            while into < levels - 1 and t % (1 << into) == 0:
+                into += 1
+        now = [max(level, into) for level in now]
+        moved.append(now)
+    return np.array(own), np.array(moved)
 
 
 def cut_and_carried_on(run, x):
@@ -156,6 +204,7 @@ VARIANT = Variant(
     ),
     params=(Param("scale", Number(), 1.0, "multiplies q . S", tries=(0.37,)),),
     define=define,
+    vectorized=vectorized,
     cost=Cost(
         flops=f"B*(Hkv*(D*E*({MERGES} if T > 0 else 0) + T*(1 + D*E*(L + 2))) + Hq*T*E*(L*(2*D + 2) + 1))",
         memory="B*(Hq*T*E + Hkv*L*D*E + 1)",

@@ -24,6 +24,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import sums_between
 from refattn.spec import Choice, Cost, Example, Identity, Integer, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -110,6 +111,62 @@ def define(q, k, v, gate, beta, ridge, initial_gram, initial_state, solver, step
                         for x in range(d):
                             out[b, h, t, y] += solution[x] * state[b, g, x, y]
     return out, gram, state
+
+
+def vectorized(x, params):
+    """Chunk by chunk: G of each of its tokens, and what they read of H without it."""
+    batch, heads, n, d = x["q"].shape
+    kv_heads, chunk = x["k"].shape[1], 32
+    gram, state, outs = x["initial_gram"], x["initial_state"], []
+    lower = np.tri(d, dtype=bool)
+    ridge = x["ridge"][:, None, :, None]
+    for first in range(0, n, chunk):
+        q, k, v, gate, beta = (x[name][:, :, first : first + chunk] for name in ("q", "k", "v", "gate", "beta"))
+        many = k.shape[2]
+        written = np.where(np.tri(many, dtype=bool), np.exp(sums_between(gate)), 0.0) * beta[:, :, None]
+        kept = np.exp(np.cumsum(gate, axis=2))
+        pairs = (k[..., None] * k[:, :, :, None]).reshape(batch, kv_heads, many, d * d)
+        grams = (written @ pairs).reshape(batch, kv_heads, many, d, d) + kept[..., None, None] * gram[:, :, None]
+        asked = np.swapaxes(np.swapaxes(q.reshape(batch, kv_heads, heads // kv_heads, many, d), 2, 4), 2, 3)  # a column for each head
+        if params["solver"] == "cholesky":
+            solution = np.linalg.solve(np.where(lower, grams, np.swapaxes(grams, -1, -2)) + ridge * np.eye(d), asked)
+        else:
+            solution = iterated(grams, ridge, asked, params)
+        read = np.swapaxes(k[:, :, None] @ solution * written[..., None], -1, -2) @ v[:, :, None]
+        read = read + kept[..., None, None] * (np.swapaxes(solution, -1, -2) @ state[:, :, None])
+        outs.append(np.swapaxes(read, 2, 3).reshape(batch, heads, many, v.shape[3]))
+        gram = grams[:, :, -1]
+        state = kept[:, :, -1, None, None] * state + np.swapaxes(written[:, :, -1, :, None] * k, -1, -2) @ v
+    return {"out": np.concatenate(outs, axis=2), "gram": gram, "state": state}
+
+
+def iterated(grams, ridge, asked, params):
+    """Conjugate gradients, of matrices [.. D D] and columns [.. D G], up to where the slopes of what is left would overflow."""
+
+    def image_of(columns):
+        return grams @ columns + ridge * columns
+
+    def size_of(columns):
+        return np.sum(columns * columns, axis=-2, keepdims=True)
+
+    def share(one, other, going):
+        other = np.where(going & (other != 0.0), other, 1.0)
+        return np.where(going, one, 0.0) / other
+
+    solution = 0.0 * asked
+    if params["start"] == "diagonal":
+        solution = asked / (np.sum(grams * np.eye(grams.shape[-1]), axis=-1, keepdims=True) + ridge)
+    direction = residual = asked - image_of(solution)
+    size = size_of(residual)
+    least = 2.0**-900 * size_of(asked)
+    for _ in range(params["steps"]):
+        going, before = ~(size <= least), size  # NaN goes on
+        image = image_of(direction)
+        length = share(size, np.sum(direction * image, axis=-2, keepdims=True) + params["eps"], going)
+        solution, residual = solution + length * direction, residual - length * image
+        size = size_of(residual)
+        direction = residual + share(size, before + params["eps"], going) * direction
+    return solution
 
 
 def cut_and_carried_on(run, x):
@@ -220,6 +277,7 @@ VARIANT = Variant(
         Param("eps", Number(at_least=0.0), 0.0, "added to the divisors of conjugate gradients"),
     ),
     define=define,
+    vectorized=vectorized,
     cost=Cost(
         flops="B*T*(Hkv*(1 + D + 3*D*D + 3*D*E + ((D - 1)*D*(D + 1)//3 + D*(D + 1)//2 + D if solver == 0 else 0)) + Hq*(2*D*E"
         " + (2*D*D if solver == 0 else 2*D + (2*D + 2*D*D + 2*D)*start + steps*(D*(2*D + 11) + 3))))",
