@@ -43,6 +43,10 @@ class Traced(NDArrayOperatorsMixin):
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
 
+    def __int__(self) -> int:
+        """What has no gradient."""
+        return int(self.value)
+
     def __getitem__(self, at: Any) -> Traced:
         return Traced(self.value[at], [(self, lambda d: Part(at, d))])
 

@@ -37,3 +37,21 @@ def sums_between(x):
     n = x.shape[-1]
     later = np.arange(n)[:, None] > np.arange(n)
     return np.cumsum(np.where(later, x[..., None], 0.0), axis=-2)
+
+
+def products_between(x):
+    """Of the last axis T: [..., i, j] = x_(j+1) ... x_i for j <= i, else 0.  Nothing is divided by, nor is a logarithm taken: an x may be 0."""
+    n = x.shape[-1]
+    own = np.eye(n)
+    row = np.broadcast_to(own[0], (*x.shape[:-1], n))
+    rows = [row[..., None, :]]
+    for i in range(1, n):
+        row = x[..., i, None] * row + own[i]
+        rows.append(row[..., None, :])
+    return np.concatenate(rows, axis=-2)
+
+
+def each_sequence(form, x, shared=()):
+    """Outputs of sequences that differ in more than their numbers: of each as `form` finds them without the axis B, which `shared` operands lack."""
+    alone = [form({name: a if name in shared else a[b] for name, a in x.items()}) for b in range(x["q"].shape[0])]
+    return {name: np.concatenate([one[name][None] for one in alone], axis=0) for name in alone[0]}

@@ -24,7 +24,7 @@ import math
 
 import numpy as np
 
-from refattn.pieces.arrays import sums_between
+from refattn.pieces.arrays import each_sequence, sums_between
 from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -70,16 +70,14 @@ def define(q, k, v, gate, level_scale, initial_state, initial_position, scale):
 
 
 def vectorized(x, params):
-    """Sequence by sequence, since each has its position, and chunk by chunk: a level at its beginning stays together, and only where it goes changes."""
-    alone = [one_sequence({name: a[b] for name, a in x.items()}, params["scale"]) for b in range(x["q"].shape[0])]
-    outs, states = (np.concatenate([one[n][None] for one in alone], axis=0) for n in range(2))
-    return {"out": outs, "state": states, "position": x["initial_position"] + x["q"].shape[2]}
+    """Chunk by chunk: what was in one level before a chunk stays together."""
+    return each_sequence(lambda one: of_sequence(one, params["scale"]), x)
 
 
-def one_sequence(x, scale):
+def of_sequence(x, scale):
     n, levels, group, chunk = x["q"].shape[1], x["level_scale"].shape[2], x["q"].shape[0] // x["k"].shape[0], 64
     state, outs = x["initial_state"], []
-    start = int(np.asarray(getattr(x["initial_position"], "value", x["initial_position"])))
+    start = int(x["initial_position"])
     for first in range(0, n, chunk):
         q, k, v, gate, weights = (x[name][:, first : first + chunk] for name in ("q", "k", "v", "gate", "level_scale"))
         many = k.shape[1]
@@ -98,7 +96,7 @@ def one_sequence(x, scale):
             ended.append((np.swapaxes(here * k, -1, -2) @ v + kept[:, -1, None, None] * np.sum(stays * state, axis=1))[:, None])
         state = np.concatenate(ended, axis=1)
         outs.append(scale * read)
-    return np.concatenate(outs, axis=1), state
+    return {"out": np.concatenate(outs, axis=1), "state": state, "position": x["initial_position"] + float(n)}
 
 
 def levels_of(start, many, levels):

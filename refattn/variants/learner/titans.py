@@ -21,6 +21,7 @@ package is shown wrong.
 
 import numpy as np
 
+from refattn.pieces.arrays import each_sequence, products_between
 from refattn.spec import Cost, Example, Identity, Integer, Operand, Output, Paper, Param, Variant
 
 
@@ -63,6 +64,58 @@ def define(q, k, v, eta, theta, alpha, initial_state, initial_surprise, initial_
                         for x in range(d):
                             out[b, h, t, y] += q[b, h, t, x] * state[b, g, x, y]
     return out, state, surprise, anchor, position
+
+
+def vectorized(x, params):
+    """In pieces of 64 tokens: memories are sums of products of momentums and of what is kept, and updates that read one another a system."""
+    return each_sequence(lambda one: of_sequence(one, params["chunk"]), x)
+
+
+def of_sequence(x, chunk):
+    n, group, start = x["q"].shape[1], x["q"].shape[0] // x["k"].shape[0], int(x["initial_position"])
+    memory, surprise, anchor, outs = x["initial_state"], x["initial_surprise"], x["initial_anchor"], []
+    for first in range(0, n, 64):
+        q, k, v, eta, theta, alpha = (x[name][:, first : first + 64] for name in ("q", "k", "v", "eta", "theta", "alpha"))
+        many, kept = k.shape[1], 1.0 - alpha
+        nothing = np.zeros((k.shape[0], 1))
+        momentum, remaining = products_between(eta), products_between(kept)
+        of_surprise, of_memory = momentum[..., 0] * eta[:, :1], remaining[..., 0] * kept[:, :1]
+        # Row t of each: what the memory before token t owes to the piece's updates, to the memory before it and to the surprise before it.
+        written = np.concatenate([np.zeros((k.shape[0], 1, many)), remaining @ momentum], axis=1)
+        from_memory = np.concatenate([nothing + 1.0, of_memory], axis=1)
+        from_surprise = np.concatenate([nothing, (remaining @ of_surprise[..., None])[..., 0]], axis=1)
+        begun = np.arange(many) - (start + first + np.arange(many)) % chunk  # where a token's chunk begins; below 0 in an earlier piece
+        at, inside = np.maximum(begun, 0), (begun >= 0)[:, None]
+        here = from_memory[:, at, None] * (k @ memory) + from_surprise[:, at, None] * (k @ surprise)
+        step = -2.0 * theta[..., None]
+        updates = step * (np.where(inside, here, k @ anchor) - v)
+        if begun[-1] > 0:
+            reads = np.where(inside, written[:, at], 0.0) * (k @ np.swapaxes(k, -1, -2))
+            updates = np.linalg.solve(np.eye(many) - step * reads, updates)
+        memories = [np.repeat(a, group, axis=0) for a in (written[:, 1:], k, updates, from_memory, from_surprise, memory, surprise)]
+        own, keys, changes, by_memory, by_surprise, m, s = memories
+        outs.append(own * (q @ np.swapaxes(keys, -1, -2)) @ changes + by_memory[:, 1:, None] * (q @ m) + by_surprise[:, 1:, None] * (q @ s))
+
+        before = (from_memory, from_surprise, written)
+        if begun[-1] >= 0:
+            anchor = combined((a[:, begun[-1]] for a in before), memory, surprise, k, updates)
+        last = combined((a[:, many] for a in before), memory, surprise, k, updates)
+        surprise = combined((nothing[:, 0], of_surprise[:, -1], momentum[:, -1]), memory, surprise, k, updates)
+        memory = last
+    return {
+        "out": np.concatenate(outs, axis=1),
+        "state": memory,
+        "surprise": surprise,
+        "anchor": anchor,
+        "position": x["initial_position"] + float(n),
+    }
+
+
+def combined(numbers, memory, surprise, k, updates):
+    """Of one token's numbers: so much of the memory, of the surprise, and of each update k u^T."""
+    by_memory, by_surprise, by_updates = numbers
+    written = np.swapaxes(by_updates[..., None] * k, -1, -2) @ updates
+    return by_memory[:, None, None] * memory + by_surprise[:, None, None] * surprise + written
 
 
 TOKENS = ("q", "k", "v", "eta", "theta", "alpha")
@@ -147,6 +200,7 @@ VARIANT = Variant(
     ),
     params=(Param("chunk", Integer(at_least=1), 1, "tokens whose gradients are taken at the same memory", tries=(3,)),),
     define=define,
+    vectorized=vectorized,
     cost=Cost(
         flops="B*T*(Hkv*(1 + 2*D*E + D*(2 + 5*E)) + Hq*2*D*E)",
         memory="B*(Hq*T*E + 3*Hkv*D*E + 1) + E",

@@ -28,6 +28,8 @@ import math
 
 import numpy as np
 
+from refattn.pieces import training
+from refattn.pieces.arrays import each_sequence
 from refattn.spec import Cost, Example, Identity, Integer, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -115,6 +117,32 @@ def define(
                             state[b, g, x, y] -= token_scale[b, g, t] * gradient[b, g, x, y]
                             gradient[b, g, x, y] = 0.0
     return out, memory, state, offset, gradient, offset_gradient, position
+
+
+def vectorized(x, params):
+    """Mini-batch by mini-batch in its dual form: gradients of all tokens at one model, and what they add up to for a query by products of tokens."""
+    return each_sequence(lambda one: of_sequence(one, **params), x, ("norm_weight", "norm_bias"))
+
+
+def of_sequence(x, mini_batch, eps):
+    n, group, start = x["q"].shape[1], x["q"].shape[0] // x["k"].shape[0], int(x["initial_position"])
+    layer = tuple(x["initial_" + name] for name in ("state", "offset", "gradient", "offset_gradient"))
+    weight, bias, outs, memories = x["norm_weight"][:, None], x["norm_bias"][:, None], [], []
+
+    def read_by(y, *rest):
+        return tuple(np.repeat(a, group, axis=0) for a in (y, *rest))
+
+    for first, last, ends in training.stretches(start, n, mini_batch):
+        q, k, v, eta, scale = (x[name][:, first:last] for name in ("q", "k", "v", "eta", "token_scale"))
+        steps = eta[..., None] * training.loss_slope(k @ layer[0] + layer[1][:, None], v - k, weight, bias, eps)
+        own_scale, own_keys, own_steps = read_by(scale[..., None], k, steps)
+        memories.append(training.under_way(q, read_by(*layer), own_scale, own_keys, own_steps))
+        own_weight, own_bias = read_by(weight, bias)
+        outs.append(q + own_weight * training.normalised(memories[-1], eps)[0] + own_bias)
+        layer = training.after(layer, scale[:, -1:], k, steps, ends)
+    carried = dict(zip(("state", "offset", "gradient", "offset_gradient"), layer, strict=True))
+    out, memory = (np.concatenate(parts, axis=1) for parts in (outs, memories))
+    return {"out": out, "memory": memory, **carried, "position": x["initial_position"] + float(n)}
 
 
 TOKENS = ("q", "k", "v", "eta", "token_scale")
@@ -241,6 +269,7 @@ VARIANT = Variant(
         Param("eps", Number(above=0.0), 1e-6, "added to the variance", tries=(0.5,)),
     ),
     define=define,
+    vectorized=vectorized,
     cost=Cost(
         flops="B*(T*(Hkv*(5*D*D + 21*D + 4) + Hq*(4*D*D + 10*D + 4)) + Hkv*(T//mini_batch)*(2*D*D + 2*D))",
         memory="B*(2*Hq*T*D + 2*Hkv*D*(D + 1) + 1) + 2*D",

@@ -23,6 +23,8 @@ import math
 
 import numpy as np
 
+from refattn.pieces import training
+from refattn.pieces.arrays import each_sequence
 from refattn.spec import Cost, Example, Identity, Integer, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -151,6 +153,45 @@ def define(
     return out, memory, w1, w2, c1, c2, w1_gradient, c1_gradient, w2_gradient, c2_gradient, position
 
 
+def vectorized(x, params):
+    """Mini-batch by mini-batch in its dual form, both layers: gradients of all tokens at one model, and what they add up to by products of tokens."""
+    return each_sequence(lambda one: of_sequence(one, **params), x, ("norm_weight", "norm_bias"))
+
+
+def gelu(u):
+    """And its slope."""
+    bend = 0.7978845608028654  # sqrt(2/pi)
+    bent = np.tanh(bend * (u + 0.044715 * u * u * u))
+    return 0.5 * u * (1.0 + bent), 0.5 * (1.0 + bent) + 0.5 * u * (1.0 - bent * bent) * bend * (1.0 + 3.0 * 0.044715 * u * u)
+
+
+def of_sequence(x, mini_batch, eps):
+    n, group, start = x["q"].shape[1], x["q"].shape[0] // x["k"].shape[0], int(x["initial_position"])
+    names = [[which + number + of for of in ("", "_gradient") for which in ("w", "c")] for number in "12"]
+    first_layer, second_layer = (tuple(x["initial_" + name] for name in one) for one in names)
+    weight, bias, outs, memories = x["norm_weight"][:, None], x["norm_bias"][:, None], [], []
+
+    def read_by(*arrays):
+        return tuple(np.repeat(a, group, axis=0) for a in arrays)
+
+    for first, last, ends in training.stretches(start, n, mini_batch):
+        q, k, v, eta, scale = (x[name][:, first:last] for name in ("q", "k", "v", "eta", "token_scale"))
+        active, slope = gelu(k @ first_layer[0] + first_layer[1][:, None])
+        back = training.loss_slope(active @ second_layer[0] + second_layer[1][:, None], v - k, weight, bias, eps)
+        first_steps = eta[..., None] * slope * (back @ np.swapaxes(second_layer[0], -1, -2))
+        steps = eta[..., None] * back
+        own_scale, *own = read_by(scale[..., None], k, first_steps, active, steps)
+        inner = gelu(training.under_way(q, read_by(*first_layer), own_scale, *own[:2]))[0]
+        memories.append(training.under_way(inner, read_by(*second_layer), own_scale, *own[2:]))
+        own_weight, own_bias = read_by(weight, bias)
+        outs.append(q + own_weight * training.normalised(memories[-1], eps)[0] + own_bias)
+        first_layer = training.after(first_layer, scale[:, -1:], k, first_steps, ends)
+        second_layer = training.after(second_layer, scale[:, -1:], active, steps, ends)
+    carried = dict(zip([name for one in names for name in one], first_layer + second_layer, strict=True))
+    out, memory = (np.concatenate(parts, axis=1) for parts in (outs, memories))
+    return {"out": out, "memory": memory, **carried, "position": x["initial_position"] + float(n)}
+
+
 TOKENS = ("q", "k", "v", "eta", "token_scale")
 CARRIED = ("w1", "w2", "c1", "c2", "w1_gradient", "c1_gradient", "w2_gradient", "c2_gradient", "position")
 
@@ -267,6 +308,7 @@ VARIANT = Variant(
         Param("eps", Number(above=0.0), 1e-6, "added to the variance", tries=(0.5,)),
     ),
     define=define,
+    vectorized=vectorized,
     cost=Cost(
         flops="B*(T*(Hkv*(12*D*F + 25*F + 21*D + 4) + Hq*(8*D*F + 11*F + 10*D + 4)) + Hkv*(T//mini_batch)*2*(2*D*F + F + D))",
         memory="B*(2*Hq*T*D + 2*Hkv*(2*D*F + F + D) + 1) + 2*F + 2*D",
