@@ -76,6 +76,20 @@ def test_a_call_takes_them_unless_the_definition_is_asked_for(variant):
     assert backends.gradients(problem, {"out": d_out}, "definition").errors
 
 
+@pytest.mark.parametrize("name", ["aft_full", "aft_local", "aft_conv"])
+def test_exponentials_that_would_underflow_apart(name):
+    variant = catalog.variant(name)
+    x = draw(variant, {**SMALL, "D": 3}, seed=6)
+    x["w"] = 500.0 * x["w"]
+    x["k"] = x["k"] - x["k"].max()
+    x["k"][:, ..., 0] -= 400.0
+    assert_values(variant, x, {})
+    d_out = np.ones_like(ra.attend(name, **x))
+    by_arrays, by_differences = (ra.gradients(name, **x, d_out=d_out, backend=backend) for backend in ("auto", "definition"))
+    for d, numerical, estimate in zip(by_arrays, by_differences, by_differences.errors.values(), strict=True):
+        assert np.all(np.abs(d - numerical) <= estimate + 2.0**-40 * np.abs(numerical))
+
+
 def test_what_is_not_finite_is_a_constant():
     variant = catalog.variant("forgetting")
     x = draw(variant, SMALL, seed=1)

@@ -158,6 +158,7 @@ SLOPES: dict[np.ufunc, tuple[Callable[..., Any], ...]] = {
     np.divide: (lambda y, a, b: 1.0 / b, lambda y, a, b: -y / b),
     np.power: (lambda y, a, b: b * a ** (b - 1.0), lambda y, a, b: y * np.log(a)),
     np.maximum: (lambda y, a, b: a > b, lambda y, a, b: b >= a),
+    np.minimum: (lambda y, a, b: a < b, lambda y, a, b: b <= a),
     np.logaddexp: (lambda y, a, b: _share(y, a), lambda y, a, b: _share(y, b)),
     np.negative: (lambda y, a: -1.0,),
     np.absolute: (lambda y, a: np.sign(a),),

@@ -18,13 +18,44 @@ def log_sum_exp(x, axis):
 
 def _raised(x, axis):
     """Exponentials less the largest, their sum or 1 where it is 0, and the logarithm of the sum."""
-    top = np.max(x, axis=axis, keepdims=True)
-    top = np.where(top == -np.inf, 0.0, top)
-    exponentials = np.exp(x - top)
+    exponentials, top = _exponentials(x, axis)
     total = np.sum(exponentials, axis=axis, keepdims=True)
     nothing = total == 0.0
     total = np.where(nothing, 1.0, total)
     return exponentials, total, np.where(nothing, -np.inf, top + np.log(total))
+
+
+def _exponentials(x, axis):
+    """Of x less its largest, and that, or 0 where it is -inf."""
+    top = np.max(x, axis=axis, keepdims=True)
+    top = np.where(top == -np.inf, 0.0, top)
+    return np.exp(x - top), top
+
+
+def mixed(keys, biases, values):
+    """Means of values [.. S X], each channel by the softmax of keys [.. S X] + biases [.. T S]; and the logarithm of the sum of exponentials.
+
+    Apart the exponentials of both make two products of matrices; where they might underflow, they are taken of every sum.
+    """
+    if keys.shape[-2] == 0:
+        nothing = 0.0 * biases[..., :0] @ values
+        return nothing, np.full((*nothing.shape[:-1], keys.shape[-1]), -np.inf)
+    if _width(keys) + _width(biases) < 600.0:
+        of_keys, top = _exponentials(keys, -2)
+        of_biases, highest = _exponentials(biases, -1)
+        total = of_biases @ of_keys
+        nothing = total == 0.0
+        total = np.where(nothing, 1.0, total)
+        return of_biases @ (of_keys * values) / total, np.where(nothing, -np.inf, top + highest + np.log(total))
+    weights, log_total = softmax(biases[..., None, :] + np.swapaxes(keys, -1, -2)[..., None, :, :])
+    return np.sum(weights * np.swapaxes(values, -1, -2)[..., None, :, :], axis=-1), log_total
+
+
+def _width(x):
+    """From the smallest number that is finite to the largest."""
+    x = getattr(x, "value", x)
+    finite = x[np.isfinite(x)]
+    return finite.max() - finite.min() if finite.size else 0.0
 
 
 def sigmoid(x):

@@ -20,6 +20,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import mixed, sigmoid
 from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Variant
 
 
@@ -54,6 +55,11 @@ def define(q, k, v, w):
                     out[b, h, i, x] *= gate / total
                 lse[b, h, i] = top + math.log(total)
     return out, lse
+
+
+def vectorized(x, params):
+    means, lse = mixed(x["k"][..., None], biases_of_the_kernel(x), x["v"])
+    return {"out": sigmoid(x["q"]) * means, "lse": lse[..., 0]}
 
 
 def as_full(run, x, w):
@@ -123,6 +129,7 @@ VARIANT = Variant(
         Output("lse", "B H T", "natural log of the summed weights; -inf where there is no key", wide=True),
     ),
     define=define,
+    vectorized=vectorized,
     cost=Cost(flops="B*H*T*(S*(2*E + 5) + (5*E + 2 if S > 0 else 0))", memory="B*H*T*(E + 1)"),
     ordered=lambda params: "T S W",
     linear_in="v",

@@ -17,6 +17,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import mixed, sigmoid
 from refattn.spec import Choice, Cost, Example, Identity, Operand, Output, Paper, Param, Variant
 
 
@@ -49,6 +50,13 @@ def define(q, k, v, w, causal):
                 out[b, i, x] *= gate / total
                 lse[b, i, x] = top + math.log(total)
     return out, lse
+
+
+def vectorized(x, params):
+    n_q, n_k = x["w"].shape
+    visible = np.arange(n_k) <= np.arange(n_q)[:, None] + n_k - n_q if params["causal"] else np.ones((n_q, n_k), bool)
+    means, lse = mixed(x["k"], np.where(visible, x["w"], -np.inf), x["v"])
+    return {"out": sigmoid(x["q"]) * means, "lse": lse}
 
 
 def without_positions(run, x):
@@ -119,6 +127,7 @@ VARIANT = Variant(
     ),
     params=(Param("causal", Choice((False, True)), False, "see no later position; the last query is aligned with the last key", tries=(True,)),),
     define=define,
+    vectorized=vectorized,
     cost=Cost(flops=f"B*M*({PAIRS}*7 + {ROWS}*7)", memory="2*B*T*M"),
     ordered=lambda params: "T S" if params["causal"] else "",
     causal={"causal": True},

@@ -18,6 +18,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import mixed, sigmoid
 from refattn.spec import Choice, Cost, Example, Identity, Integer, Operand, Output, Paper, Param, Variant
 
 
@@ -51,6 +52,14 @@ def define(q, k, v, w, window, causal):
                 out[b, i, x] *= gate / total
                 lse[b, i, x] = top + math.log(total)
     return out, lse
+
+
+def vectorized(x, params):
+    n_q, n_k = x["w"].shape
+    positions, keys = np.arange(n_q)[:, None] + n_k - n_q, np.arange(n_k)
+    biases = np.where(np.abs(positions - keys) < params["window"], x["w"], 0.0)
+    means, lse = mixed(x["k"], np.where((keys <= positions) | (not params["causal"]), biases, -np.inf), x["v"])
+    return {"out": sigmoid(x["q"]) * means, "lse": lse}
 
 
 def full_of_a_band(run, x):
@@ -106,6 +115,7 @@ VARIANT = Variant(
         Param("causal", Choice((False, True)), False, "see no later position; the last query is aligned with the last key", tries=(True,)),
     ),
     define=define,
+    vectorized=vectorized,
     cost=Cost(flops=f"B*M*({PAIRS}*7 + {ROWS}*7)", memory="2*B*T*M"),
     ordered=lambda params: "T S",
     causal={"causal": True},

@@ -22,6 +22,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import softmax
 from refattn.spec import Choice, Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -76,6 +77,19 @@ def define(q, k, w, w_o, bias, scale, pooling):
     return out
 
 
+def vectorized(x, params):
+    def unit(a):
+        squares = np.sum(a * a, axis=-1, keepdims=True)
+        return a / np.sqrt(np.where(squares < 1e-24, 1e-24, squares))
+
+    queries = unit(x["q"])
+    weights = params["scale"] * np.sum(x["w"] * queries, axis=-1)
+    if params["pooling"] != "raw":
+        weights = unit(weights) if params["pooling"] == "unit" else softmax(weights)[0]
+    pooled = weights[:, None] @ queries
+    return {"out": (pooled * unit(x["k"])) @ np.swapaxes(x["w_o"], -1, -2) + x["bias"] + queries}
+
+
 def from_the_pooled(x, pool):
     qn, kn = (x[name] / np.linalg.norm(x[name], axis=-1, keepdims=True) for name in ("q", "k"))
     query = np.einsum("bn,bnx->bx", pool(qn @ x["w"]), qn)
@@ -115,6 +129,7 @@ VARIANT = Variant(
         Param("pooling", Choice(("unit", "raw", "softmax")), "unit", "what the scores become before they pool", tries=("raw", "softmax")),
     ),
     define=define,
+    vectorized=vectorized,
     cost=Cost(
         flops="B*(T*(4*D*D + 10*D + 3) + (3*T + 1 if pooling == 0 else 0 if pooling == 1 else 4*T))",
         memory="B*T*D + T + T*D + D",

@@ -18,6 +18,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import softmax
 from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -73,6 +74,15 @@ def define(q, k, v, w_q, w_k, w, bias, scale):
     return out
 
 
+def vectorized(x, params):
+    def pooled(tokens, weight):
+        weights, _ = softmax(params["scale"] * np.sum(weight[:, None] * tokens, axis=-1))
+        return weights[:, :, None] @ tokens
+
+    marked = pooled(x["q"], x["w_q"]) * x["k"]
+    return {"out": (pooled(marked, x["w_k"]) * x["v"]) @ np.swapaxes(x["w"], -1, -2) + x["bias"][:, None] + x["q"]}
+
+
 def two_separable(run, x):
     """Each average is softmax attention with one query, of width one."""
 
@@ -123,6 +133,7 @@ VARIANT = Variant(
     outputs=(Output("out", "B H T D", "output, queries added"),),
     params=(Param("scale", Number(optional=True), None, "multiplies both scores; None is 1/sqrt(D)", lambda dims: dims["D"] ** -0.5, (0.37,)),),
     define=define,
+    vectorized=vectorized,
     cost=Cost(flops="B*H*(T*(3*D*D + 11*D + 8) + 2*D)", memory="B*H*T*D + T + 2*D"),
     examples=(
         Example(

@@ -16,6 +16,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import softmax
 from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Variant
 
 
@@ -40,6 +41,11 @@ def define(q, k, v):
             for x in range(width):
                 out[b, i, x] = (v[b, i, x] if v[b, i, x] > 0.0 else 0.0) * context[b, x]
     return out, context
+
+
+def vectorized(x, params):
+    context = softmax(x["q"])[0][:, None] @ x["k"]
+    return {"out": np.maximum(x["v"], 0.0) * context, "context": context[:, 0]}
 
 
 def pooled_by_softmax(run, x):
@@ -77,6 +83,7 @@ VARIANT = Variant(
         Output("context", "B E", "the context vector"),
     ),
     define=define,
+    vectorized=vectorized,
     cost=Cost(flops="B*(T*(3*E + 3) + (E if T > 0 else 0))", memory="B*E*(T + 1)"),
     linear_in="k",
     examples=(

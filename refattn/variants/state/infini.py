@@ -25,6 +25,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import sigmoid, softmax
 from refattn.spec import Choice, Cost, Example, Identity, Integer, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -106,6 +107,30 @@ def define(q, k, v, mix, initial_state, initial_mass, segment, update, scale):
     return out, state, mass
 
 
+def vectorized(x, params):
+    """Segment by segment."""
+    n, group, scale, segment = x["q"].shape[2], x["q"].shape[1] // x["k"].shape[1], params["scale"], params["segment"]
+    state, mass, outs = x["initial_state"], x["initial_mass"], []
+    share = sigmoid(x["mix"])[:, None, None]
+
+    def phi(a):
+        return np.where(a > 0.0, a + 1.0, np.exp(np.minimum(a, 0.0)))
+
+    def recalled(features, state, mass):
+        divisor = features @ mass[..., None]
+        return features @ state / np.where(divisor == 0.0, 1.0, divisor)
+
+    for first in range(0, n, segment):
+        q, k, v = (x[name][:, :, first : first + segment] for name in ("q", "k", "v"))
+        keys, values, states, masses = (np.repeat(a, group, axis=1) for a in (k, v, state, mass))
+        scores = scale * (q @ np.swapaxes(keys, -1, -2))
+        weights, _ = softmax(np.where(np.tri(q.shape[2], dtype=bool), scores, -np.inf))
+        outs.append(share * recalled(phi(q), states, masses) + (1.0 - share) * (weights @ values))
+        written = v - recalled(phi(k), state, mass) if params["update"] == "delta" else v
+        state, mass = state + np.swapaxes(phi(k), -1, -2) @ written, mass + np.sum(phi(k), axis=2)
+    return {"out": np.concatenate(outs, axis=2), "state": state, "mass": mass}
+
+
 def cut_and_carried_on(run, x):
     half = x["q"].shape[2] // 4 * 2  # where a segment of 2 ends
     one = {**x, **{name: x[name][:, :, :half] for name in ("q", "k", "v")}}
@@ -182,6 +207,7 @@ VARIANT = Variant(
         Param("scale", Number(optional=True), None, "multiplies q . k; None is 1/sqrt(D)", absent=lambda dims: dims["D"] ** -0.5, tries=(0.37,)),
     ),
     define=define,
+    vectorized=vectorized,
     cost=Cost(
         flops=f"B*(Hq*({PAIRS}*(2*D + 4 + 2*E) + (T + segment - 1)//segment*3 + T*(D*(3 + 2*E) + 6*E))"
         " + Hkv*(T*(D*(2 + 3*E) + (D*(2 + 2*E) + E if update == 0 else 0)) + (T + segment - 1)//segment*D*(1 + E)))",

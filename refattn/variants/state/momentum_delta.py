@@ -22,6 +22,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import sums_between
 from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -55,6 +56,35 @@ def define(q, k, v, p, gate, momentum_gate, eta, beta, initial_state, initial_mo
                             out[b, h, t, y] += q[b, h, t, x] * state[b, g, x, y]
                         out[b, h, t, y] *= scale
     return out, state, momentum
+
+
+def vectorized(x, params):
+    """In pieces of 64 tokens, whose errors read one another: a triangular system."""
+    n, group = x["q"].shape[2], x["q"].shape[1] // x["k"].shape[1]
+    state, momentum, outs = x["initial_state"], x["initial_momentum"], []
+    for first in range(0, n, 64):
+        names = ("q", "k", "v", "p", "gate", "momentum_gate", "eta", "beta")
+        q, k, v, p, gate, momentum_gate, eta, beta = (x[name][:, :, first : first + 64] for name in names)
+        many = k.shape[2]
+        seen = np.tri(many, dtype=bool)
+        remaining, kept = (np.where(seen, np.exp(sums_between(a)), 0.0) for a in (gate, momentum_gate))
+        # What M and S after each token owe to the piece's errors, to M and to S before it.
+        of_errors, of_momentum, of_state = kept * eta[:, :, None], np.exp(np.cumsum(momentum_gate, axis=2)), np.exp(np.cumsum(gate, axis=2))
+        steps = remaining * beta[:, :, None]
+        written, from_momentum = steps @ of_errors, (steps @ of_momentum[..., None])[..., 0]
+        none = np.zeros((*k.shape[:2], 1))
+        before = [np.concatenate([none + start, a[:, :, :-1]], axis=2) for a, start in ((of_state, 1.0), (from_momentum, 0.0))]
+        reads = np.concatenate([np.zeros((*k.shape[:2], 1, many)), written[:, :, :-1]], axis=2) * (p @ np.swapaxes(k, -1, -2))
+        found = before[0][..., None] * (p @ state) - before[1][..., None] * (p @ momentum) - v
+        errors = np.linalg.solve(np.eye(many) + reads, found)
+        arrays = (written, k, errors, of_state, from_momentum, state, momentum)
+        own, keys, changes, by_state, by_momentum, s, m = (np.repeat(a, group, axis=1) for a in arrays)
+        read = by_state[..., None] * (q @ s) - by_momentum[..., None] * (q @ m) - own * (q @ np.swapaxes(keys, -1, -2)) @ changes
+        outs.append(params["scale"] * read)
+        faded = of_state[:, :, -1, None, None] * state - from_momentum[:, :, -1, None, None] * momentum
+        state = faded - np.swapaxes(written[:, :, -1, :, None] * k, -1, -2) @ errors
+        momentum = of_momentum[:, :, -1, None, None] * momentum + np.swapaxes(of_errors[:, :, -1, :, None] * k, -1, -2) @ errors
+    return {"out": np.concatenate(outs, axis=2), "state": state, "momentum": momentum}
 
 
 def cut_and_carried_on(run, x):
@@ -160,6 +190,7 @@ VARIANT = Variant(
     ),
     params=(Param("scale", Number(optional=True), None, "multiplies q; None is 1/sqrt(D)", absent=lambda dims: dims["D"] ** -0.5, tries=(0.37,)),),
     define=define,
+    vectorized=vectorized,
     cost=Cost(
         flops="B*T*(Hkv*(2 + E*(9*D + 1)) + Hq*E*(2*D + 1))",
         memory="B*(Hq*T*E + 2*Hkv*D*E)",
