@@ -17,6 +17,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import softmax
 from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -47,6 +48,13 @@ def define(h, w, gain, scale, eps):
                     out[b, t, m] += weights[b, a, t] * h[b, a, t, m]
             lse[b, t] = top + math.log(total)
     return out, lse, weights
+
+
+def vectorized(x, params):
+    h = np.swapaxes(x["h"], 1, 2)
+    length = np.sqrt(np.sum(h * h, axis=-1) / h.shape[-1] + params["eps"])
+    weights, lse = softmax(params["scale"] * np.sum(x["w"] * x["gain"] * h, axis=-1) / length)
+    return {"out": (weights[:, :, None] @ h)[:, :, 0], "lse": lse, "weights": np.swapaxes(weights, 1, 2)}
 
 
 def sources_are_keys(run, x):
@@ -132,6 +140,7 @@ VARIANT = Variant(
         Param("eps", Number(at_least=0.0), 1e-6, "added to the mean square", tries=(0.5,)),
     ),
     define=define,
+    vectorized=vectorized,
     cost=Cost(flops="B*T*(L*(7*M + 9) + 2)", memory="B*T*(M + 1 + L)"),
     examples=(
         Example(

@@ -18,6 +18,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import softmax
 from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -71,6 +72,16 @@ def define(q, k, v, w, beta, scale):
                     out[b, h, i, y] /= total
                 lse[b, h, i] = top + math.log(total)
     return out, lse, u
+
+
+def vectorized(x, params):
+    n_q, n_k, group, scale = x["q"].shape[2], x["k"].shape[2], x["q"].shape[1] // x["k"].shape[1], params["scale"]
+    k, keys = x["k"], np.arange(n_k)
+    erased, _ = softmax(np.where(keys < keys[:, None], scale * (x["w"] @ np.swapaxes(k, -1, -2)), -np.inf))
+    u = np.linalg.solve(np.eye(n_k) + x["beta"][..., None] * erased, x["v"])
+    scores = scale * (x["q"] @ np.swapaxes(np.repeat(k, group, axis=1), -1, -2))
+    weights, lse = softmax(np.where(keys <= np.arange(n_q)[:, None] + n_k - n_q, scores, -np.inf))
+    return {"out": weights @ np.repeat(u, group, axis=1), "lse": lse, "u": u}
 
 
 def nothing_erased(run, x):
@@ -139,6 +150,7 @@ VARIANT = Variant(
     ),
     params=(Param("scale", Number(optional=True), None, "multiplies q . k and w . k; None is 1/sqrt(D)", lambda dims: dims["D"] ** -0.5, (0.37,)),),
     define=define,
+    vectorized=vectorized,
     cost=Cost(
         flops=f"B*(Hkv*(S*(S - 1)//2*(2*D + 2*E + 4) + (S - 1 if S > 0 else 0)*3*E) + Hq*({PAIRS}*(2*D + 2*E + 4) + {ROWS}*(E + 2)))",
         memory="B*(Hq*T*(E + 1) + Hkv*S*E) + S",

@@ -16,6 +16,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import softmax
 from refattn.spec import Choice, Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -57,6 +58,16 @@ def define(q, r, k, v, scale, causal):
                         out[b, h, i, y] += weight * v[b, g, j, y]
                 lse[b, h, i] = top + math.log(total)
     return out, lse
+
+
+def vectorized(x, params):
+    n_q, n_k, group = x["q"].shape[2], x["k"].shape[2], x["q"].shape[1] // x["k"].shape[1]
+    k, v = (np.repeat(x[name], group, axis=1) for name in ("k", "v"))
+    scores, probed = (a @ np.swapaxes(k, -1, -2) for a in (params["scale"] * x["q"], x["r"]))
+    visible = (np.arange(n_k) <= np.arange(n_q)[:, None] + n_k - n_q) | (not params["causal"])
+    weights, lse = softmax(np.where(visible, scores, -np.inf))
+    mean = np.sum(weights * probed, axis=-1, keepdims=True)
+    return {"out": (weights * (1.0 + (mean - probed))) @ v, "lse": lse}
 
 
 def without_probe(run, x):
@@ -123,6 +134,7 @@ VARIANT = Variant(
         Param("causal", Choice((False, True)), True, "see no later position; the last query is aligned with the last key", tries=(False,)),
     ),
     define=define,
+    vectorized=vectorized,
     cost=Cost(flops=f"B*Hq*({PAIRS}*(4*D + 2*E + 10) + {ROWS}*2)", memory="B*Hq*T*(E + 1) + 2*S"),
     ordered=lambda params: "T S" if params["causal"] else "",
     causal={"causal": True},

@@ -50,6 +50,18 @@ def define(q, k, v, scale, attend_current):
     return out, rem
 
 
+def vectorized(x, params):
+    n_q, n_k, group = x["q"].shape[2], x["k"].shape[2], x["q"].shape[1] // x["k"].shape[1]
+    k, v = (np.repeat(x[name], group, axis=1) for name in ("k", "v"))
+    scores = params["scale"] * (x["q"] @ np.swapaxes(k, -1, -2))
+    visible = np.arange(n_k) < np.arange(n_q)[:, None] + n_k - n_q + params["attend_current"]
+    log_left = np.where(visible, -np.logaddexp(0.0, scores), 0.0)
+    from_here = np.cumsum(log_left[..., ::-1], axis=-1)[..., ::-1]
+    nearer = np.concatenate([from_here[..., 1:], np.zeros((*scores.shape[:3], 1))], axis=-1)
+    weights = np.where(visible, np.exp(nearer - np.logaddexp(0.0, -scores)), 0.0)
+    return {"out": weights @ v, "rem": np.exp(from_here[..., 0])}
+
+
 def nothing_is_lost(run, x):
     sides = [run({**x, "v": np.ones_like(x["v"])}, attend_current=current, returns=("out", "rem")) for current in (False, True)]
     return tuple(out + rem[..., None] for out, rem in sides), (1.0, 1.0)
@@ -125,6 +137,7 @@ VARIANT = Variant(
         Param("attend_current", Choice((False, True)), False, "whether a query's own key takes a share, the first one", tries=(True,)),
     ),
     define=define,
+    vectorized=vectorized,
     cost=Cost(flops=f"B*Hq*({PAIRS}*(2*D + 2*E + 8) - (0 if attend_current else {OWN}*(2*E + 7)))", memory="B*Hq*T*(E + 1)"),
     ordered=lambda params: "T S",
     causal={},

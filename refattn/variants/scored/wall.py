@@ -22,6 +22,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import softmax, sums_between
 from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -62,6 +63,33 @@ def define(q, k, v, gate, forget, sinks, scale):
                     out[b, h, i, y] /= total
                 lse[b, h, i] = top + math.log(total)
     return out, lse
+
+
+def vectorized(x, params):
+    """Keys in blocks: what fades after a block fades a query, what fades inside it a key; within a block pairs have their own."""
+    n_q, n_k, group, block = x["q"].shape[2], x["k"].shape[2], x["q"].shape[1] // x["k"].shape[1], 32
+    q, gate, before = x["q"], x["gate"], n_k - n_q
+    k, v = (np.repeat(x[name], group, axis=1) for name in ("k", "v"))
+    columns = []
+    for first in range(0, n_k, block):
+        last = min(first + block, n_k)
+        inside, after = (max(n - before, 0) for n in (first, last))  # where queries begin at these positions, or the first query
+        parts = [np.zeros((*q.shape[:2], min(inside, n_q), last - first))]
+        between = sums_between(np.swapaxes(gate[:, :, first:last], -1, -2))
+        if after > inside:
+            own = np.swapaxes(q[:, :, inside:after], -1, -2)[..., None] * np.swapaxes(k[:, :, first:last], -1, -2)[..., None, :]
+            parts.append(np.sum(own * np.exp(between[:, :, :, inside + before - first :]), axis=2))
+        if after < n_q:
+            faded = np.exp(np.cumsum(gate[:, :, last:], axis=2))[:, :, after + before - last :]
+            to_come = np.exp(np.swapaxes(between[:, :, :, -1], -1, -2))
+            parts.append((q[:, :, after:] * faded) @ np.swapaxes(k[:, :, first:last] * to_come, -1, -2))
+        columns.append(np.concatenate(parts, axis=2))
+    positions = np.arange(n_q) + before
+    scores = params["scale"] * np.concatenate(columns, axis=3) + sums_between(x["forget"])[:, :, np.maximum(positions, 0)]
+    scores = np.where(np.arange(n_k) <= positions[:, None], scores, -np.inf)
+    sinks = np.broadcast_to(x["sinks"][:, None, None], (*scores.shape[:3], 1))
+    weights, lse = softmax(np.concatenate([scores, sinks], axis=3))
+    return {"out": weights[..., :-1] @ v, "lse": lse}
 
 
 def without_gates(run, x):
@@ -145,6 +173,7 @@ VARIANT = Variant(
     ),
     params=(Param("scale", Number(optional=True), None, "multiplies the sum; None is 1/sqrt(D)", lambda dims: dims["D"] ** -0.5, (0.37,)),),
     define=define,
+    vectorized=vectorized,
     cost=Cost(flops=f"B*Hq*({PAIRS}*(5*D + 2*E + 6) + T*(E + 4))", memory="B*Hq*T*(E + 1) + S + D"),
     ordered=lambda params: "T S",
     causal={},
