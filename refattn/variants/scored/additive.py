@@ -19,6 +19,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import softmax
 from refattn.pieces.similarities import additive
 from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Plan, Variant
 
@@ -66,6 +67,14 @@ def define(q, k, v, w_q, w_k, w, b, mask):
                     for y in range(d_v):
                         out[n, i, y] += weights[n, i, j] * v[n, j, y]
     return out, weights, scores
+
+
+def vectorized(x, params):
+    hidden = (x["q"] @ np.swapaxes(x["w_q"], 0, 1))[:, :, None] + (x["k"] @ np.swapaxes(x["w_k"], 0, 1))[:, None] + x["b"]
+    scores = np.sum(x["w"] * np.tanh(hidden), axis=-1)
+    scores = np.where(x["mask"], scores, -np.inf)
+    weights, _ = softmax(scores)
+    return {"out": weights @ x["v"], "weights": weights, "scores": scores}
 
 
 def plan(dims, params):
@@ -119,6 +128,7 @@ VARIANT = Variant(
         Output("scores", "B T S", "s_ij, -inf where hidden"),
     ),
     define=define,
+    vectorized=vectorized,
     plan=plan,
     cost=Cost(
         flops="B*(2*A*(T*Dq + S*Dk) + pairs*(5*A + 2*E + 4))",

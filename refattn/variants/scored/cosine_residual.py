@@ -25,6 +25,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import softmax
 from refattn.pieces.similarities import cosine
 from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Plan, Variant
 
@@ -60,6 +61,15 @@ def define(v):
     return out, weights, scores
 
 
+def vectorized(x, params):
+    v = x["v"]
+    squares = np.sum(v * v, axis=-1, keepdims=True)
+    unit = v / np.sqrt(np.where(squares == 0.0, 1.0, squares))
+    scores = unit @ np.swapaxes(unit, 1, 2)
+    weights, _ = softmax(scores)
+    return {"out": v + weights @ v, "weights": weights, "scores": scores}
+
+
 def plan(dims, params):
     return Plan(similarity=cosine, query="v", key="v", value="v", residual="v")
 
@@ -93,6 +103,7 @@ VARIANT = Variant(
         Output("scores", "B T T", "cosines c_ij"),
     ),
     define=define,
+    vectorized=vectorized,
     plan=plan,
     cost=Cost(
         flops="B*(T*(3*D + 1) + T*T*(4*D + 5))",

@@ -18,6 +18,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import softmax
 from refattn.pieces.similarities import concat
 from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Plan, Variant
 
@@ -58,6 +59,15 @@ def define(q, k, v, weight, w, mask):
                     for y in range(d_v):
                         out[b, i, y] += weights[b, i, j] * v[b, j, y]
     return out, weights, scores
+
+
+def vectorized(x, params):
+    d_q = x["q"].shape[2]
+    of_query, of_key = (np.swapaxes(x["weight"][:, part], 0, 1) for part in (slice(d_q), slice(d_q, None)))
+    scores = np.sum(x["w"] * np.tanh((x["q"] @ of_query)[:, :, None] + (x["k"] @ of_key)[:, None]), axis=-1)
+    scores = np.where(x["mask"], scores, -np.inf)
+    weights, _ = softmax(scores)
+    return {"out": weights @ x["v"], "weights": weights, "scores": scores}
 
 
 def plan(dims, params):
@@ -115,6 +125,7 @@ VARIANT = Variant(
         Output("scores", "B T S", "s_ij, -inf where hidden"),
     ),
     define=define,
+    vectorized=vectorized,
     plan=plan,
     cost=Cost(flops="B*pairs*(A*(2*Dq + 2*Dk + 3) + 2*E + 4)", memory="B*T*(E + 2*S)"),
     linear_in="v",

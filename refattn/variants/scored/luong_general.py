@@ -17,6 +17,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import softmax
 from refattn.pieces.similarities import bilinear
 from refattn.spec import Cost, Example, Identity, Operand, Output, Paper, Plan, Variant
 
@@ -54,6 +55,13 @@ def define(q, k, v, w, mask):
                     for y in range(d_v):
                         out[b, i, y] += weights[b, i, j] * v[b, j, y]
     return out, weights, scores
+
+
+def vectorized(x, params):
+    scores = x["q"] @ x["w"] @ np.swapaxes(x["k"], 1, 2)
+    scores = np.where(x["mask"], scores, -np.inf)
+    weights, _ = softmax(scores)
+    return {"out": weights @ x["v"], "weights": weights, "scores": scores}
 
 
 def plan(dims, params):
@@ -101,6 +109,7 @@ VARIANT = Variant(
         Output("scores", "B T S", "s_ij, -inf where hidden"),
     ),
     define=define,
+    vectorized=vectorized,
     plan=plan,
     cost=Cost(flops="B*pairs*(2*Dq*(Dk + 1) + 2*E + 4)", memory="B*T*(E + 2*S)"),
     linear_in="v",

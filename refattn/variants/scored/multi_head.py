@@ -25,6 +25,7 @@ import math
 
 import numpy as np
 
+from refattn.pieces.arrays import softmax
 from refattn.pieces.masks import causal as causal_mask
 from refattn.pieces.similarities import dot
 from refattn.spec import Choice, Cost, Example, Identity, Number, Operand, Output, Paper, Param, Plan, Stage, Variant
@@ -93,6 +94,17 @@ def define(query, key, value, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, mask, scal
                     for y in range(d_v):
                         out[b, i, m] += head[h, i, y] * w_o[h, y, m]
     return out, weights
+
+
+def vectorized(x, params):
+    n_q, n_k, group = x["query"].shape[1], x["key"].shape[1], x["w_q"].shape[0] // x["w_k"].shape[0]
+    q, k, v = (x[name][:, None] @ x["w_" + name[0]] + x["b_" + name[0]][:, None] for name in ("query", "key", "value"))
+    scores = params["scale"] * (q @ np.swapaxes(np.repeat(k, group, axis=1), -1, -2))
+    first = 0 if params["causal"] == "top_left" else n_k - n_q
+    visible = x["mask"] & ((np.arange(n_k) <= np.arange(n_q)[:, None] + first) | (not params["causal"]))
+    weights, _ = softmax(np.where(visible, scores, -np.inf))
+    heads = weights @ np.repeat(v, group, axis=1) @ x["w_o"]
+    return {"out": np.sum(heads, axis=1) + x["b_o"], "weights": weights}
 
 
 def plan(dims, params):
@@ -196,6 +208,7 @@ VARIANT = Variant(
         ),
     ),
     define=define,
+    vectorized=vectorized,
     plan=plan,
     cost=Cost(
         flops="B*(2*M*(Hq*T*(D + E) + Hkv*S*(D + E)) + Hq*pairs*(2*D + 2*E + 5))",
