@@ -13,8 +13,8 @@ from numba import types
 
 #: Number of axes of every array that is read, and of every one that is written, by name; the others are numbers.
 _READ = {
-    **dict.fromkeys(("q", "k", "v", "level_scale"), 4),
-    **dict.fromkeys(("gate", "beta", "eta", "theta", "alpha", "token_scale"), 3),
+    **dict.fromkeys(("q", "k", "v", "p", "level_scale"), 4),
+    **dict.fromkeys(("gate", "beta", "eta", "token_scale", "momentum", "kept", "rate", "step"), 3),
     **dict.fromkeys(("ridge", "norm_weight", "norm_bias"), 2),
 }
 _WRITTEN = {

@@ -12,12 +12,12 @@ from ...spec import Variant
 from ..run import format_of
 
 #: Variants that have kernels, in the module of their name.
-KERNELS = ("log_linear", "mesa", "titans", "ttt_linear", "ttt_mlp")
+KERNELS = ("log_linear", "mesa", "momentum_delta", "titans", "ttt_linear", "ttt_mlp")
 
 
 def knows(variant: Variant) -> bool:
     """Whether there are kernels for a variant."""
-    return variant.family == "learner" and variant.name in KERNELS
+    return variant.name in KERNELS
 
 
 def reason_against(problem: Problem) -> str:
