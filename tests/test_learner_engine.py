@@ -47,6 +47,13 @@ def test_every_call_is_the_definition(variant, params, dtype):
             check_values(variant, params, dims, dtype, optional=optional)
 
 
+@pytest.mark.parametrize("segment", [1, 5, 63, 64, 65, 100, 130, 1000])
+@pytest.mark.parametrize("update", ["delta", "linear"])
+def test_segments_of_any_length(segment, update):
+    for dtype in FORMATS:
+        check_values(catalog.variant("infini"), {"segment": segment, "update": update}, {**LONG, "T": 200, "S": 200}, dtype)
+
+
 @pytest.mark.parametrize("more", [None, -1, 0, 1, 66])
 @pytest.mark.parametrize("variant", LEARNERS)
 def test_lengths_around_those_of_chunks(variant, more):
@@ -110,16 +117,21 @@ def test_what_is_carried_need_not_be_symmetric(solver):
     check_values(variant, params, dims, np.float64, initial_gram=gram)
 
 
+def ending_at(variant, n):
+    """Parameters under which a sequence can be cut after n tokens: where a segment ends, in a variant that has segments."""
+    return {"segment": n} if any(p.name == "segment" for p in variant.params) else {}
+
+
 @pytest.mark.parametrize("n", [33, 64, 65])
 @pytest.mark.parametrize("variant", LEARNERS)
 def test_a_sequence_is_carried_on_by_what_it_carries(variant, n):
-    dims, returns = {**LONG, "T": 80, "S": 80}, names_of(variant)
+    dims, returns, params = {**LONG, "T": 80, "S": 80}, names_of(variant), ending_at(variant, n)
     operands = draw(variant, dims)
-    whole = engine.run(bound(variant, {}, operands, returns))
+    whole = engine.run(bound(variant, params, operands, returns))
     one, two = cut(variant, operands, n)
-    first = engine.run(bound(variant, {}, one, returns))
-    second = engine.run(bound(variant, {}, {**two, **{"initial_" + name: first[name] for name in variant.carried}}, returns))
-    tolerances = rounding(by_definition(variant, {}, returns), operands, variant, flops(variant, operands, {}))
+    first = engine.run(bound(variant, params, one, returns))
+    second = engine.run(bound(variant, params, {**two, **{"initial_" + name: first[name] for name in variant.carried}}, returns))
+    tolerances = rounding(by_definition(variant, params, returns), operands, variant, flops(variant, operands, params))
     for o, tolerance in zip(variant.outputs, tolerances, strict=True):
         axes = o.axes.split()
         joined = np.concatenate([first[o.name], second[o.name]], axes.index("T")) if "T" in axes else second[o.name]
@@ -161,15 +173,15 @@ def test_calls_that_are_not_tiny_go_to_the_engine(variant, monkeypatch):
 @pytest.mark.parametrize("variant", LEARNERS)
 def test_a_step_goes_on_from_what_is_carried(variant):
     returns, operands = names_of(variant), in_format(draw(variant, {**LONG, "T": 20, "S": 20}), np.float32)
-    one, two = cut(variant, operands, 15)
+    (one, two), params = cut(variant, operands, 15), ending_at(variant, 15)
     state = {name: np.array(one.pop("initial_" + name), np.float32) for name in variant.carried}
     kept = dict(state)
-    _, state = ra.step(variant.name, state, **one, returns="out", backend="cpu")
-    found, state = ra.step(variant.name, state, **two, returns="out", backend="cpu")
+    _, state = ra.step(variant.name, state, **one, **params, returns="out", backend="cpu")
+    found, state = ra.step(variant.name, state, **two, **params, returns="out", backend="cpu")
     assert all(state[name] is kept[name] for name in variant.carried)
     exact = in_format(operands, np.float64)
-    expected = by_definition(variant, {}, returns)(exact)
-    tolerances = rounding(by_definition(variant, {}, returns), exact, variant, flops(variant, exact, {}))
+    expected = by_definition(variant, params, returns)(exact)
+    tolerances = rounding(by_definition(variant, params, returns), exact, variant, flops(variant, exact, params))
     for name, wanted, tolerance in zip(returns, expected, tolerances, strict=True):
         if name in ("out", *variant.carried):
             allowed = tolerance[:, :, 15:] if name == "out" else tolerance

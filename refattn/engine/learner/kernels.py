@@ -13,15 +13,16 @@ from numba import types
 
 #: Number of axes of every array that is read, and of every one that is written, by name; the others are numbers.
 _READ = {
-    **dict.fromkeys(("q", "k", "v", "p", "level_scale"), 4),
+    **dict.fromkeys(("q", "k", "v", "p", "q_features", "k_features", "level_scale"), 4),
     **dict.fromkeys(("gate", "beta", "eta", "token_scale", "momentum", "kept", "rate", "step"), 3),
     **dict.fromkeys(("ridge", "norm_weight", "norm_bias"), 2),
+    **dict.fromkeys(("shares", "rests"), 1),
 }
 _WRITTEN = {
     "states": 5,
     **dict.fromkeys(("out", "memory", "state", "gram", "surprise", "anchor", "gradient"), 4),
     **dict.fromkeys(("w1", "w2", "w1_gradient", "w2_gradient"), 4),
-    **dict.fromkeys(("offset", "offset_gradient", "c1", "c2", "c1_gradient", "c2_gradient"), 3),
+    **dict.fromkeys(("mass", "offset", "offset_gradient", "c1", "c2", "c1_gradient", "c2_gradient"), 3),
 }
 #: Parameters that are numbers of the kernel's element; every other one is an integer.
 _REAL = {"scale", "eps"}

@@ -12,7 +12,7 @@ from ...spec import Variant
 from ..run import format_of
 
 #: Variants that have kernels, in the module of their name.
-KERNELS = ("log_linear", "mesa", "momentum_delta", "titans", "ttt_linear", "ttt_mlp")
+KERNELS = ("infini", "log_linear", "mesa", "momentum_delta", "titans", "ttt_linear", "ttt_mlp")
 
 
 def knows(variant: Variant) -> bool:
