@@ -1,1 +1,1 @@
-"""The engine of `learner` variants: a module of kernels each, for no two of them share their inner loop."""
+"""The engine of `learner` variants, and of others that are no recurrence: modules of kernels, for hardly two of them share their inner loop."""
