@@ -19,7 +19,7 @@ from ..tasks import take
 from ..threads import available_threads, launch
 from . import written_first
 from .chunked_backward import backward_alone, backward_parallel
-from .chunks import BLOCK, CHUNK, YES, advance, deliver, fetch, how_of, operands_of, read_chunk, relate, room_at, solve, times, up
+from .chunks import BLOCK, CHUNK, CHUNK_BACK, YES, advance, deliver, fetch, how_of, operands_of, read_chunk, relate, room_at, solve, times, up
 from .kernels import kernel
 from .lowered import Lowered
 from .products import EIGHT, LOWER, ONE, WHOLE, apart, multiply, rolled
@@ -159,11 +159,14 @@ def arguments_of(lowered: Lowered) -> tuple[np.ndarray, ...]:
     return lowered.q, lowered.b, lowered.w, e, *(four if x is None else x for x in (lowered.g, lowered.u, lowered.f))
 
 
-def sizes(lowered: Lowered) -> tuple[int, int]:
-    """Tokens of a chunk and of a block.  Where columns fade, a chunk is a block: what its values take to fade grows with the square of its length."""
+def sizes(lowered: Lowered, most: int = CHUNK) -> tuple[int, int]:
+    """Tokens of a chunk of so many steps, and of a block.
+
+    Where columns fade, a chunk is a block: what its values take to fade grows with the square of its length.
+    """
     steps = lowered.b.shape[3]
     block = max(1, BLOCK // steps)
-    return block if lowered.f is not None else max(block, CHUNK // steps // block * block), block
+    return block if lowered.f is not None else max(block, most // steps // block * block), block
 
 
 def columns_of(lowered: Lowered, threads: int) -> int:
@@ -193,7 +196,16 @@ def backward(lowered: Lowered, d_out: np.ndarray, d_state: np.ndarray, threads: 
     d_S0 = np.array(d_state, lowered.q.dtype, order="C")
     if lowered.q.size and lowered.S0.size:
         number, values = lowered.q.dtype.type, lowered.w.shape[4]
-        arguments = (*operands, lowered.S0, np.ascontiguousarray(d_out, number), *results, d_S0, number(lowered.scale), *sizes(lowered), values)
+        arguments = (
+            *operands,
+            lowered.S0,
+            np.ascontiguousarray(d_out, number),
+            *results,
+            d_S0,
+            number(lowered.scale),
+            *sizes(lowered, CHUNK_BACK),
+            values,
+        )
         arguments = (*arguments, int(lowered.old), int(lowered.exclusive))
         launch(backward_alone, backward_parallel, lowered.q.dtype, arguments, 3.0 * lowered.q.size * values, threads, kernel)
     names = ("q", "b", "w", "e", "g", "u", "f")

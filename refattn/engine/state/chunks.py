@@ -29,8 +29,8 @@ from ..panels import LOG2_E, START
 from ..simd import address, element_bytes, exp2, fill, lanes, load_at, load_part_at, mul, number_at, prefetch_at, put_at, splat_at, times_unless_zero
 from .products import EIGHT, LOWER_RESULT, ONE, WHOLE, apart, faded_row, multiply, rolled, substitute, transpose
 
-#: Steps of a chunk and of a block, or one token's where it has more.
-CHUNK, BLOCK = 64, 16
+#: Steps of a chunk, of one whose gradients are taken, and of a block, or one token's where it has more.
+CHUNK, CHUNK_BACK, BLOCK = 32, 64, 16
 #: An answer that is no literal.
 YES = np.bool_(True)
 #: What fades: nothing, the state as one, or every row of it by itself.

@@ -17,10 +17,13 @@ from ..references import hold, lent
 from ..simd import address, element_bytes, lanes
 from ..tasks import take
 from ..threads import launch
-from .chunks import CHUNK, deliver, fetch, up
+from .chunks import deliver, fetch, up
 from .kernels import kernel
 from .lowered import Lowered
 from .products import EIGHT, ONE, WHOLE, apart, multiply, transpose
+
+#: Rows that are multiplied at a time.
+TOGETHER = 64
 
 
 class How(NamedTuple):
@@ -53,7 +56,7 @@ class Room(NamedTuple):
 def room_at(like, how, place):
     """Where everything lies from an address on."""
     size, unit = element_bytes(like), max(lanes(like), EIGHT)
-    n_k, n_v, rows = up(how.keys, unit), up(how.columns, lanes(like)), up(CHUNK, unit)
+    n_k, n_v, rows = up(how.keys, unit), up(how.columns, lanes(like)), up(TOGETHER, unit)
     k_row, v_row = n_k * size, n_v * size
     left = up(place, 64)
     right = left + rows * k_row
@@ -120,8 +123,8 @@ def write(like, how, room, b, w, states, state, column, width):
     size, one = element_bytes(like), like.dtype.type(1.0)
     k, v = how.keys * size, how.values * size
     fetch(like, states + state * how.keys * v + column * size, v, how.keys, width, one, room.state, room.v_row)
-    for t in range(0, how.rows, CHUNK):
-        n, row = min(CHUNK, how.rows - t), state * how.rows + t
+    for t in range(0, how.rows, TOGETHER):
+        n, row = min(TOGETHER, how.rows - t), state * how.rows + t
         fetch(like, b + row * k, k, n, how.keys, one, room.left, room.k_row)
         fetch(like, w + row * v + column * size, v, n, width, one, room.right, room.v_row)
         add_pairs(like, how, room, n, room.state)
@@ -135,8 +138,8 @@ def columns_forward(like, how, room, q, b, w, states, out, state, column, width,
     write(like, how, room, b, w, states, state, column, width)
     deliver(like, room.state, room.v_row, how.keys, width, one, states + state * how.keys * v + column * size, v)
     for h in range(state * how.group, (state + 1) * how.group):
-        for t in range(0, how.reads, CHUNK):
-            n, row = min(CHUNK, how.reads - t), h * how.reads + t
+        for t in range(0, how.reads, TOGETHER):
+            n, row = min(TOGETHER, how.reads - t), h * how.reads + t
             fetch(like, q + row * k, k, n, how.keys, one, room.left, room.k_row)
             through(like, how, room, n, scale, room.state)
             deliver(like, room.to_right, room.v_row, n, width, one, out + row * v + column * size, v)
@@ -152,16 +155,16 @@ def state_backward(like, how, room, q, b, w, states, d_out, d_q, d_b, d_w, d_sta
     turn(like, how, room, room.state)
     fetch(like, d_states + at, v, how.keys, how.values, one, room.d_state, room.v_row)
     for h in range(state * how.group, (state + 1) * how.group):
-        for t in range(0, how.reads, CHUNK):
-            n, row = min(CHUNK, how.reads - t), h * how.reads + t
+        for t in range(0, how.reads, TOGETHER):
+            n, row = min(TOGETHER, how.reads - t), h * how.reads + t
             fetch(like, q + row * k, k, n, how.keys, scale, room.left, room.k_row)
             fetch(like, d_out + row * v, v, n, how.values, one, room.right, room.v_row)
             add_pairs(like, how, room, n, room.d_state)
             back_through(like, how, room, n, scale)
             deliver(like, room.to_left, room.k_row, n, how.keys, one, d_q + row * k, k)
     turn(like, how, room, room.d_state)
-    for t in range(0, how.rows, CHUNK):
-        n, row = min(CHUNK, how.rows - t), state * how.rows + t
+    for t in range(0, how.rows, TOGETHER):
+        n, row = min(TOGETHER, how.rows - t), state * how.rows + t
         fetch(like, b + row * k, k, n, how.keys, one, room.left, room.k_row)
         fetch(like, w + row * v, v, n, how.values, one, room.right, room.v_row)
         back_through(like, how, room, n, one)
