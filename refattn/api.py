@@ -462,7 +462,7 @@ def certify(
     Parameters
     ----------
     name : str
-        A variant of softmax over scaled inner products (``"softmax"``, ``"luong_dot"``, ...), or with a recurrence (``"kda"``, ``"linear"``, ...).
+        A name from `variants()`.  Gradients: one of softmax over scaled inner products (``"softmax"``, ``"luong_dot"``, ...).
     *operands : array_like
         As `attend` takes them; taken exactly as they are, in any format.
     returns : str or sequence of str, optional
@@ -485,9 +485,10 @@ def certify(
 
     Notes
     -----
-    The exact number is that of the plan or recurrence: a ``scale`` of None is the float64 number ``D ** -0.5``.  Elements that need tier 2 stay
-    enclosed only where python-flint is not installed (``pip install 'refattn[exact]'``); elements that an infinite or NaN operand takes part in
-    are NaN with an infinite bound.  What bounds rest on: `refattn.exact.trusted`.
+    The exact number is that of the plan or recurrence: a ``scale`` of None is the float64 number ``D ** -0.5``.  Variants with neither run their
+    definition on balls, some microseconds an operation.  Elements that need tier 2 stay enclosed only where python-flint is not installed
+    (``pip install 'refattn[exact]'``); elements that an infinite or NaN operand takes part in are NaN with an infinite bound.  What bounds rest
+    on: `refattn.exact.trusted`.
 
     Examples
     --------

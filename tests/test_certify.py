@@ -351,7 +351,7 @@ def test_sizes_at_the_edges(sizes):
 @pytest.mark.parametrize(
     "name, change, complaint",
     [
-        ("sigmoid", {}, "normaliser 'sigmoid'"),
+        ("sigmoid", {"score_mod": lambda s, b, h, i, j: s}, "score_mod"),
         ("softmax", {"score_mod": lambda s, b, h, i, j: s}, "score_mod"),
         ("softmax", {"layout": ra.Packed(np.array([0, 6]), np.array([0, 11]))}, "Packed"),
         ("softmax", {"d_out": 0, "returns": "d_x"}, "gradient named 'd_x'"),

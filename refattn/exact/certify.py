@@ -5,7 +5,8 @@
     tier 2      Arb balls, precision doubled until they decide         refattn.exact.balls      needs python-flint
     tier 3      rational numbers: results that may be ties             refattn.exact.rational
 
-Recurrences have their own first rungs: `refattn.exact.recurrent`.
+Recurrences have their own first rungs: `refattn.exact.recurrent`.  What is neither softmax of dot products nor a recurrence runs its own loops on
+balls: `refattn.exact.loops`.
 
 A result is *decided* when both ends of its enclosure round to the same number; what is not decided climbs.  What remains undecided at the top
 (because python-flint is missing, or because operands are not finite) is enclosed only, and says so.
@@ -20,13 +21,13 @@ from fractions import Fraction
 from ..errors import ParameterError
 from ..problem import Problem, output_dtype
 from ..spec import shape
-from . import balls, rational, recurrent, trusted
+from . import balls, loops, rational, recurrent, trusted
 from .blocks import PROGRESS_FROM, Block, blocks, each, progress
 from .forward import fill
 from .prepared import prepare
 from .results import Certified, Draft, draft, released, unknown_are_nan
 from .rounding import nearest
-from .task import Task, task
+from .task import Task, reason_against, task
 
 
 def certify(problem: Problem) -> dict[str, Certified]:
@@ -39,7 +40,11 @@ def certify(problem: Problem) -> dict[str, Certified]:
     BackendUnavailableError
         When this machine's arithmetic is not what the bounds rest on.
     """
-    if problem.plan is None and problem.recurrence is not None:
+    recurs = problem.plan is None and problem.recurrence is not None
+    reason = recurrent.reason_against(problem) if recurs else reason_against(problem)
+    if reason and not loops.reason_against(problem):
+        return loops.certify(problem)
+    if recurs:
         return recurrent.certify(problem)
     trusted.check()
     asked, name = task(problem), problem.variant.name

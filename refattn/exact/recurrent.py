@@ -12,11 +12,17 @@ import numpy as np
 
 from ..problem import Problem, output_dtype
 from ..spec import shape
-from . import balls, enclosures, states, trusted
+from . import balls, enclosures, states, tokens, trusted
 from .blocks import progress
 from .results import Certified, Draft, Enclosed, draft, released, unknown_are_nan
 from .state_balls import Place, StateBalls
 from .tokens import Head, Pairs, Tokens, after_name, folded
+
+
+def reason_against(problem: Problem) -> str:
+    """What in a recurrence has no enclosure here, or the empty string."""
+    assert problem.recurrence is not None
+    return tokens.reason_against(problem, problem.recurrence)
 
 
 def certify(problem: Problem) -> dict[str, Certified]:

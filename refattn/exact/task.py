@@ -14,7 +14,6 @@ from ..pieces.masks import causal, window
 from ..pieces.score_mods import softcap
 from ..pieces.similarities import dot
 from ..problem import Problem
-from ..spec import Plan
 
 #: Beyond 2**this, either way, a norm or a value leaves the range in which bounds of float64 hold.
 RANGE = 450
@@ -95,8 +94,7 @@ def task(problem: Problem) -> Task:
         When something in it has no enclosure in this room.
     """
     name, plan = problem.variant.name, problem.plan
-    without = "it has neither plan nor recurrence" if problem.recurrence is None else "gradients of a recurrence have no enclosure"
-    reason = without if plan is None else _reason_against(problem, plan)
+    reason = reason_against(problem)
     if plan is None or reason:
         known = "variants of softmax over scaled inner products can, such as softmax, and outputs of recurrences, such as gated_delta"
         raise ParameterError(f"{name}: cannot be certified: {reason}; {known}")
@@ -139,8 +137,11 @@ def task(problem: Problem) -> Task:
     )
 
 
-def _reason_against(problem: Problem, plan: Plan) -> str:
+def reason_against(problem: Problem) -> str:
     """What has no enclosure here, or the empty string."""
+    plan = problem.plan
+    if plan is None:
+        return "it has neither plan nor recurrence" if problem.recurrence is None else "gradients of a recurrence have no enclosure"
     piece = plan.similarity.__name__.rpartition(".")[2]
     stages = [(stage, (causal, window)) for stage in plan.masks] + [(stage, (softcap,)) for stage in plan.score_mods]
     reasons = {

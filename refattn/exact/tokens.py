@@ -228,7 +228,7 @@ class Tokens:
     def __init__(self, problem: Problem) -> None:
         assert problem.recurrence is not None
         self.problem, self.rule = problem, problem.recurrence
-        reason = _reason_against(problem, self.rule)
+        reason = reason_against(problem, self.rule)
         if reason:
             raise ParameterError(f"{problem.variant.name}: cannot be certified: {reason}")
         rule = self.rule
@@ -433,7 +433,7 @@ def _array(x: list[Any]) -> Any:
 # ---- refusals ----------------------------------------------------------------------------------------------------------------------
 
 
-def _reason_against(problem: Problem, rule: Recurrence) -> str:
+def reason_against(problem: Problem, rule: Recurrence) -> str:
     """What has no enclosure here, or the empty string."""
     products = [rule.query, rule.log_decay, rule.bonus, rule.skip, rule.input_gate, *(p for w in rule.writes for p in (w.key, w.value, w.erase))]
     factors = [f for product_ in products for f in product_ if isinstance(f, Factor)]
