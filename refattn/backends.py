@@ -99,8 +99,13 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: s
         return derivatives.Gradients(engine.gradients(problem, cotangents), {})
     if problem.sequences is None:
         return derivatives.Gradients(of_one(problem, cotangents), {})
-    each = (of_one(one, derivatives.cotangents_of(problem, n, cotangents)) for n, one in enumerate(split(problem)))
-    return derivatives.Gradients(derivatives.joined(problem, each), {})
+
+    def of_part(n: int, one: Problem) -> Mapping[str, np.ndarray]:
+        own = derivatives.cotangents_of(problem, n, cotangents)
+        empty = of_one is vectorized.gradients and vectorized.reason_against_gradients(one)
+        return derivatives.gradients(one, own).values if empty else of_one(one, own)
+
+    return derivatives.Gradients(derivatives.joined(problem, [of_part(n, one) for n, one in enumerate(split(problem))]), {})
 
 
 def tile_classes(mask_mod: Callable[..., Any], aux: Aux, shape: tuple[int, int, int, int], block: tuple[int, int]) -> np.ndarray:

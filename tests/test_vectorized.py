@@ -110,3 +110,15 @@ def test_an_empty_axis_is_left_to_the_definition():
     variant = catalog.variant("forgetting")
     x = draw(variant, {**SMALL, "S": 0})
     assert np.all(ra.gradients("forgetting", **x, d_out=np.ones((1, 4, 3, 3))).d_q == 0.0)
+
+
+def test_packed_sequences_are_calls_of_their_own_and_may_be_empty():
+    variant, bounds = catalog.variant("titans"), np.array([0, 3, 3, 7])
+    parts = [draw(variant, {**SMALL, "T": n}, seed=n, optional=False) for n in np.diff(bounds)]
+    packed = {name: np.concatenate([np.moveaxis(x[name][0], 1, 0) for x in parts], axis=0) for name in parts[0]}
+    d_outs = [np.random.default_rng(8).standard_normal(ra.attend("titans", **x).shape) for x in parts]
+    found = ra.gradients("titans", **packed, d_out=np.concatenate([np.moveaxis(d[0], 1, 0) for d in d_outs]), layout=ra.Packed(bounds))
+    for first, last, x, d_out in zip(bounds, bounds[1:], parts, d_outs, strict=False):
+        alone = ra.gradients("titans", **x, d_out=d_out)
+        for name in found._fields:
+            np.testing.assert_array_equal(getattr(found, name)[first:last], np.moveaxis(getattr(alone, name)[0], 1, 0))

@@ -65,7 +65,7 @@ def repeated(problem: Problem) -> Repeated | None:
     targets = {name: getattr(lowered, name) for name in products}
     parts = {name: _part(products[name], target, squeezed=name in "qgu") for name, target in targets.items() if target is not None}
     in_order = list(lowering.out_at()) == sorted(lowering.out_at())
-    if home is None or lowering.tokens != problem.dims["T"] or not in_order:
+    if home is None or lowered.written_first or lowering.tokens != problem.dims["T"] or not in_order:
         return None
     found = {name: part for name, part in parts.items() if part is not None}
     out = next(o for o in problem.variant.outputs if o.name == "out")
