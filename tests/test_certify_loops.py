@@ -1,5 +1,6 @@
 """Definitions run on balls: what they give is what two other certifications and the definition say, and what they cannot tell apart they refuse."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -117,6 +118,20 @@ def test_a_query_before_the_first_key_has_a_certain_nothing():
     x = draw(catalog.variant("forgetting"), {**SMALL, "T": 4, "S": 2})
     out, lse = ra.certify("forgetting", **x, returns=("out", "lse"))
     assert (out.value[:, :, 0] == 0.0).all() and (lse.value[:, :, 0] == -np.inf).all() and out.rounded.all() and lse.rounded.all()
+
+
+def of_integers(*given):
+    return np.floor(given[0])
+
+
+def test_what_loops_use_beyond_arithmetic_is_refused_by_name():
+    variant = catalog.variant("forgetting")
+    problem = problem_of(variant, draw(variant, SMALL), {})
+    problem = replace(problem, variant=replace(variant, define=of_integers))
+    with pytest.raises(ra.ParameterError, match=r"forgetting: cannot be certified: its loops use what has no enclosure: .*floor"):
+        loops.certify(problem)
+    problem = replace(problem, variant=replace(variant, define=eval("lambda *given: given[0]")))
+    assert loops.reason_against(problem) == "the source of its loops cannot be read"
 
 
 def test_without_python_flint_it_is_refused(monkeypatch):

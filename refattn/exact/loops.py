@@ -233,6 +233,10 @@ def reason_against(problem: Problem) -> str:
         return f"{type(problem.sequences).__name__} sequences have no enclosure; pass one sequence at a time"
     if problem.functions is not None:
         return "functions of the caller's have no enclosure"
+    try:
+        inspect.getsource(problem.variant.define)
+    except OSError:
+        return "the source of its loops cannot be read"
     return "" if balls.available() else "its loops need python-flint (pip install 'refattn[exact]')"
 
 
@@ -242,7 +246,7 @@ def certify(problem: Problem) -> dict[str, Certified]:
     Raises
     ------
     ParameterError
-        When the loops compare two numbers that no precision here tells apart.
+        When the loops compare two numbers that no precision here tells apart, or use what there is no enclosure of.
     """
     axes = {o.name: o.axes for o in problem.variant.outputs}
     drafts = {name: draft(shape(axes[name], problem.dims), output_dtype(problem, name)) for name in problem.returns}
@@ -254,6 +258,8 @@ def certify(problem: Problem) -> dict[str, Certified]:
                 done = [_settle(x, found[name]) for name, x in drafts.items()]
         except Undecided:
             continue
+        except (AttributeError, NameError) as error:
+            raise ParameterError(f"{problem.variant.name}: cannot be certified: its loops use what has no enclosure: {error}") from error
         if all(done) or bits > 2 * balls.FIRST:  # the next would not decide what is a tie
             unknown_are_nan(drafts)
             return {name: released(x, x.value.shape, axes[name], problem.layout) for name, x in drafts.items()}
