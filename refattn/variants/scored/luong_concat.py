@@ -30,19 +30,26 @@ def define(q, k, v, weight, w, mask):
     out = np.zeros((batch, n_q, d_v))
     weights = np.zeros((batch, n_q, n_k))
     scores = np.full((batch, n_q, n_k), -np.inf)
+    from_query = np.zeros((n_q, hidden))  # what the two halves of W make of their halves of the joined vector
+    from_key = np.zeros((n_k, hidden))
     for b in range(batch):
+        for i in range(n_q):
+            for a in range(hidden):
+                from_query[i, a] = 0.0
+                for x in range(d_q):
+                    from_query[i, a] += weight[a, x] * q[b, i, x]
+        for j in range(n_k):
+            for a in range(hidden):
+                from_key[j, a] = 0.0
+                for y in range(d_k):
+                    from_key[j, a] += weight[a, d_q + y] * k[b, j, y]
         for i in range(n_q):
             top = -np.inf
             for j in range(n_k):
                 if mask[b, i, j]:
                     s = 0.0
                     for a in range(hidden):
-                        inner = 0.0
-                        for x in range(d_q):
-                            inner += weight[a, x] * q[b, i, x]
-                        for y in range(d_k):
-                            inner += weight[a, d_q + y] * k[b, j, y]
-                        s += w[a] * math.tanh(inner)
+                        s += w[a] * math.tanh(from_query[i, a] + from_key[j, a])
                     scores[b, i, j] = s
                     if s > top or math.isnan(s):  # NaN must win
                         top = s
@@ -127,7 +134,7 @@ VARIANT = Variant(
     define=define,
     vectorized=vectorized,
     plan=plan,
-    cost=Cost(flops="B*pairs*(A*(2*Dq + 2*Dk + 3) + 2*E + 4)", memory="B*T*(E + 2*S)"),
+    cost=Cost(flops="B*(2*A*(T*Dq + S*Dk) + pairs*(4*A + 2*E + 4))", memory="B*T*(E + 2*S) + A*(T + S)"),
     linear_in="v",
     examples=(
         Example(

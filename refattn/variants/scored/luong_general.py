@@ -28,17 +28,20 @@ def define(q, k, v, w, mask):
     out = np.zeros((batch, n_q, d_v))
     weights = np.zeros((batch, n_q, n_k))
     scores = np.full((batch, n_q, n_k), -np.inf)
+    mapped = np.zeros((n_k, d_q))  # W k_j
     for b in range(batch):
+        for j in range(n_k):
+            for x in range(d_q):
+                mapped[j, x] = 0.0
+                for y in range(d_k):
+                    mapped[j, x] += w[x, y] * k[b, j, y]
         for i in range(n_q):
             top = -np.inf
             for j in range(n_k):
                 if mask[b, i, j]:
                     s = 0.0
                     for x in range(d_q):
-                        mapped = 0.0
-                        for y in range(d_k):
-                            mapped += w[x, y] * k[b, j, y]
-                        s += q[b, i, x] * mapped
+                        s += q[b, i, x] * mapped[j, x]
                     scores[b, i, j] = s
                     if s > top or math.isnan(s):  # NaN must win
                         top = s
@@ -111,7 +114,7 @@ VARIANT = Variant(
     define=define,
     vectorized=vectorized,
     plan=plan,
-    cost=Cost(flops="B*pairs*(2*Dq*(Dk + 1) + 2*E + 4)", memory="B*T*(E + 2*S)"),
+    cost=Cost(flops="B*(2*S*Dq*Dk + pairs*(2*Dq + 2*E + 4))", memory="B*T*(E + 2*S) + S*Dq"),
     linear_in="v",
     examples=(
         Example(
