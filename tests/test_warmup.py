@@ -14,7 +14,7 @@ import refattn as ra
 from refattn import catalog, cli
 from refattn.engine import backward, decode, forward, rows, warmup
 from refattn.engine.learner import run as learner
-from refattn.engine.state import chunked, chunked_backward, quadratic, recurrent
+from refattn.engine.state import chunked, chunked_backward, quadratic, recurrent, written_first
 from refattn.engine.threads import available_threads
 
 RECORDED = """
@@ -77,8 +77,8 @@ def test_calls_after_a_warm_up_compile_nothing(monkeypatch):
 @pytest.mark.compiled
 def test_every_entry_point_is_a_job_once():
     """The plain functions of a kernel module are its entry points; everything else in it is compiled as a part of them."""
-    learners = [importlib.import_module("refattn.engine.learner." + name) for name in learner.KERNELS]
-    states = (chunked, chunked_backward, quadratic, recurrent, *learners)
+    learners = [importlib.import_module("refattn.engine.learner." + name) for name in learner.COMPILED]
+    states = (chunked, chunked_backward, quadratic, recurrent, written_first, *learners)
     found = [
         (module.__name__.removeprefix("refattn.engine."), name)
         for module in (forward, decode, rows, backward, *states)

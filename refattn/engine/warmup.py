@@ -16,7 +16,7 @@ import numpy as np
 
 from . import kernels
 from .learner import kernels as learner_kernels
-from .learner.run import KERNELS as LEARNERS
+from .learner.run import COMPILED as LEARNERS
 from .state import kernels as state_kernels
 
 #: Entry points on one thread, by their names in tables: module and function.
@@ -27,6 +27,8 @@ ENTRIES = {
     "chunked forward": ("state.chunked", "forward_alone"),
     "chunked backward": ("state.chunked_backward", "backward_alone"),
     "quadratic forward": ("state.quadratic", "forward_alone"),
+    "written first, forward": ("state.written_first", "forward_alone"),
+    "written first, backward": ("state.written_first", "backward_alone"),
     **{f"{name} forward": (f"learner.{name}", "forward_alone") for name in LEARNERS},
 }
 ELEMENTS = ("float32", "float64")

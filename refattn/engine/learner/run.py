@@ -11,8 +11,9 @@ from ...problem import Problem
 from ...spec import Variant
 from ..run import format_of
 
-#: Variants that have kernels, in the module of their name.
+#: Variants that have kernels, called from the module of their name, and the modules of those kernels, of which two share one.
 KERNELS = ("infini", "log_linear", "mesa", "momentum_delta", "titans", "ttt_linear", "ttt_mlp")
+COMPILED = ("infini", "log_linear", "mesa", "momentum", "ttt_linear", "ttt_mlp")
 
 
 def knows(variant: Variant) -> bool:
