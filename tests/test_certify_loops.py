@@ -46,6 +46,7 @@ def test_every_definition_is_certified_as_it_is_defined(variant, params):
     found, slacks = certified(variant, x, params), rounding(defined, x, variant, flops(variant, x, params))
     for (name, one), expected, slack in zip(found.items(), defined(x), slacks, strict=True):
         finite = np.isfinite(expected)
+        # Within an ulp, or what is 0 on paper within what hundreds of bits leave of it.
         assert (one.bound[finite] < 2.0**-52 * np.abs(one.value[finite]) + 2.0**-200).all(), name
         assert (one.value[~finite] == expected[~finite]).all() and one.rounded[~finite].all(), name
         apart = np.abs(np.subtract(one.value, expected, where=finite, out=np.zeros(expected.shape)))
@@ -66,7 +67,7 @@ def test_it_says_what_the_other_certifications_say(variant, params):
     for name, one in zip(names, found if len(names) > 1 else [found], strict=True):
         known = one.rounded & own[name].rounded
         np.testing.assert_array_equal(one.value[known], own[name].value[known])
-        assert known[np.isfinite(one.value)].mean() > 0.9 if np.isfinite(one.value).any() else True
+        assert known[one.rounded & (one.tier < 3)].all(), name  # ties are for rational numbers
 
 
 def test_what_was_made_alike_is_equal_and_what_was_not_is_not_told_apart():
@@ -77,6 +78,16 @@ def test_what_was_made_alike_is_equal_and_what_was_not_is_not_told_apart():
         with pytest.raises(Undecided):
             assert third * 3 == 1
         assert third * 3 > 0.9999
+
+
+def test_a_call_that_begins_meanwhile_makes_nothing_equal():
+    with balls.precision(200):
+        Ball.known = {}
+        one = ball(1) / ball(3) * 3
+        Ball.known = {}
+        other = ball(1) / ball(7) * 7
+        with pytest.raises(Undecided):
+            assert one == other
 
 
 def test_two_scores_that_are_equal_for_no_reason_it_knows_are_refused():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import math
 import operator
 import textwrap
@@ -30,6 +31,7 @@ from .results import Certified, Draft, draft, released, unknown_are_nan
 
 #: Numbers whose making is remembered; later ones are compared by their bits alone.
 _MOST_KNOWN = 2_000_000
+_numbers = itertools.count()
 
 
 class Undecided(Exception):
@@ -41,12 +43,12 @@ class Ball:
 
     __slots__ = ("made", "x")
     __array_ufunc__ = None
-    #: What was made of what -> a number for it, the same for what was made alike.
+    #: What was made of what -> a number for it, the same for what was made alike, and never given again, whoever else computes meanwhile.
     known: ClassVar[dict[Any, int]] = {}
 
     def __init__(self, x: Any, made: Any) -> None:
         self.x = x
-        self.made = self.known.setdefault(made, len(self.known)) if None not in made and len(self.known) < _MOST_KNOWN else None
+        self.made = self.known.setdefault(made, next(_numbers)) if None not in made and len(self.known) < _MOST_KNOWN else None
 
     def __add__(self, other: Any) -> Any:
         return _combined(self, other, operator.add)
@@ -267,12 +269,14 @@ def certify(problem: Problem) -> dict[str, Certified]:
 
 
 def _run(problem: Problem) -> Mapping[str, np.ndarray]:
-    Ball.known = {}
     every = np.frompyfunc(ball, 1, 1)
     real = {o.name for o in problem.variant.operands if o.kind == "real"}
     operands = [every(x) if name in real and x.size else x.astype(object) if name in real else x for name, x in problem.operands.items()]
     numbers = [ball(x) if isinstance(x, float) else x for x in problem.arguments]
-    results = _on_balls(problem.variant.define)(*operands, *numbers)
+    try:
+        results = _on_balls(problem.variant.define)(*operands, *numbers)
+    finally:
+        Ball.known = {}
     results = results if isinstance(results, tuple) else (results,)
     return {o.name: np.asarray(x, object) for o, x in zip(problem.variant.outputs, results, strict=True)}
 
