@@ -3,6 +3,11 @@
 import numpy as np
 
 
+def up_to_query(n_q, n_k):
+    """Which keys lie no later than a query, [T S], the last query being aligned with the last key."""
+    return np.arange(n_k) <= np.arange(n_q)[:, None] + n_k - n_q
+
+
 def softmax(scores):
     """Weights along the last axis, and the logarithm of the sum of exponentials; a row of -inf has weights of 0 and -inf."""
     if scores.shape[-1] == 0:
@@ -68,6 +73,12 @@ def sums_between(x):
     n = x.shape[-1]
     later = np.arange(n)[:, None] > np.arange(n)
     return np.cumsum(np.where(later, x[..., None], 0.0), axis=-2)
+
+
+def faded(gate, n_q):
+    """Of gates [.. S]: the sum of those after each key up to each of the last n_q tokens, [.. T S]; of queries before the first key whatever."""
+    n_k = gate.shape[-1]
+    return sums_between(gate)[..., np.maximum(np.arange(n_q) + n_k - n_q, 0), :]
 
 
 def products_between(x):

@@ -17,7 +17,7 @@ import math
 
 import numpy as np
 
-from refattn.pieces.arrays import mixed, sigmoid
+from refattn.pieces.arrays import mixed, sigmoid, up_to_query
 from refattn.spec import Choice, Cost, Example, Identity, Operand, Output, Paper, Param, Variant
 
 
@@ -54,8 +54,7 @@ def define(q, k, v, w, causal):
 
 def vectorized(x, params):
     n_q, n_k = x["w"].shape
-    visible = np.arange(n_k) <= np.arange(n_q)[:, None] + n_k - n_q if params["causal"] else np.ones((n_q, n_k), bool)
-    means, lse = mixed(x["k"], np.where(visible, x["w"], -np.inf), x["v"])
+    means, lse = mixed(x["k"], np.where(up_to_query(n_q, n_k) | (not params["causal"]), x["w"], -np.inf), x["v"])
     return {"out": sigmoid(x["q"]) * means, "lse": lse}
 
 

@@ -18,7 +18,7 @@ import math
 
 import numpy as np
 
-from refattn.pieces.arrays import mixed, sigmoid
+from refattn.pieces.arrays import mixed, sigmoid, up_to_query
 from refattn.spec import Choice, Cost, Example, Identity, Integer, Operand, Output, Paper, Param, Variant
 
 
@@ -56,9 +56,9 @@ def define(q, k, v, w, window, causal):
 
 def vectorized(x, params):
     n_q, n_k = x["w"].shape
-    positions, keys = np.arange(n_q)[:, None] + n_k - n_q, np.arange(n_k)
-    biases = np.where(np.abs(positions - keys) < params["window"], x["w"], 0.0)
-    means, lse = mixed(x["k"], np.where((keys <= positions) | (not params["causal"]), biases, -np.inf), x["v"])
+    distances = np.arange(n_q)[:, None] + n_k - n_q - np.arange(n_k)
+    biases = np.where(np.abs(distances) < params["window"], x["w"], 0.0)
+    means, lse = mixed(x["k"], np.where(up_to_query(n_q, n_k) | (not params["causal"]), biases, -np.inf), x["v"])
     return {"out": sigmoid(x["q"]) * means, "lse": lse}
 
 

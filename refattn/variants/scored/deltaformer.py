@@ -18,7 +18,7 @@ import math
 
 import numpy as np
 
-from refattn.pieces.arrays import softmax
+from refattn.pieces.arrays import softmax, up_to_query
 from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -76,11 +76,11 @@ def define(q, k, v, w, beta, scale):
 
 def vectorized(x, params):
     n_q, n_k, group, scale = x["q"].shape[2], x["k"].shape[2], x["q"].shape[1] // x["k"].shape[1], params["scale"]
-    k, keys = x["k"], np.arange(n_k)
-    erased, _ = softmax(np.where(keys < keys[:, None], scale * (x["w"] @ np.swapaxes(k, -1, -2)), -np.inf))
+    k = x["k"]
+    erased, _ = softmax(np.where(np.tri(n_k, k=-1, dtype=bool), scale * (x["w"] @ np.swapaxes(k, -1, -2)), -np.inf))
     u = np.linalg.solve(np.eye(n_k) + x["beta"][..., None] * erased, x["v"])
     scores = scale * (x["q"] @ np.swapaxes(np.repeat(k, group, axis=1), -1, -2))
-    weights, lse = softmax(np.where(keys <= np.arange(n_q)[:, None] + n_k - n_q, scores, -np.inf))
+    weights, lse = softmax(np.where(up_to_query(n_q, n_k), scores, -np.inf))
     return {"out": weights @ np.repeat(u, group, axis=1), "lse": lse, "u": u}
 
 

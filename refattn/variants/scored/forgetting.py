@@ -21,7 +21,7 @@ import math
 
 import numpy as np
 
-from refattn.pieces.arrays import softmax, sums_between
+from refattn.pieces.arrays import faded, softmax, up_to_query
 from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -63,10 +63,8 @@ def define(q, k, v, gate, scale):
 def vectorized(x, params):
     n_q, n_k, group = x["q"].shape[2], x["k"].shape[2], x["q"].shape[1] // x["k"].shape[1]
     k, v = (np.repeat(x[name], group, axis=1) for name in ("k", "v"))
-    positions = np.arange(n_q) + n_k - n_q
-    faded = sums_between(x["gate"])[:, :, np.maximum(positions, 0)]
-    scores = params["scale"] * (x["q"] @ np.swapaxes(k, -1, -2)) + faded
-    weights, lse = softmax(np.where(np.arange(n_k) <= positions[:, None], scores, -np.inf))
+    scores = params["scale"] * (x["q"] @ np.swapaxes(k, -1, -2)) + faded(x["gate"], n_q)
+    weights, lse = softmax(np.where(up_to_query(n_q, n_k), scores, -np.inf))
     return {"out": weights @ v, "lse": lse}
 
 

@@ -25,7 +25,7 @@ import math
 
 import numpy as np
 
-from refattn.pieces.arrays import softmax
+from refattn.pieces.arrays import softmax, up_to_query
 from refattn.pieces.masks import causal as causal_mask
 from refattn.pieces.similarities import dot
 from refattn.spec import Choice, Cost, Example, Identity, Number, Operand, Output, Paper, Param, Plan, Stage, Variant
@@ -100,8 +100,8 @@ def vectorized(x, params):
     n_q, n_k, group = x["query"].shape[1], x["key"].shape[1], x["w_q"].shape[0] // x["w_k"].shape[0]
     q, k, v = (x[name][:, None] @ x["w_" + name[0]] + x["b_" + name[0]][:, None] for name in ("query", "key", "value"))
     scores = params["scale"] * (q @ np.swapaxes(np.repeat(k, group, axis=1), -1, -2))
-    first = 0 if params["causal"] == "top_left" else n_k - n_q
-    visible = x["mask"] & ((np.arange(n_k) <= np.arange(n_q)[:, None] + first) | (not params["causal"]))
+    causal = np.tri(n_q, n_k, dtype=bool) if params["causal"] == "top_left" else up_to_query(n_q, n_k)
+    visible = x["mask"] & (causal | (not params["causal"]))
     weights, _ = softmax(np.where(visible, scores, -np.inf))
     heads = weights @ np.repeat(v, group, axis=1) @ x["w_o"]
     return {"out": np.sum(heads, axis=1) + x["b_o"], "weights": weights}

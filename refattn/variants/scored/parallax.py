@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from refattn.pieces.arrays import softmax
+from refattn.pieces.arrays import softmax, up_to_query
 from refattn.spec import Choice, Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -64,7 +64,7 @@ def vectorized(x, params):
     n_q, n_k, group = x["q"].shape[2], x["k"].shape[2], x["q"].shape[1] // x["k"].shape[1]
     k, v = (np.repeat(x[name], group, axis=1) for name in ("k", "v"))
     scores, probed = (a @ np.swapaxes(k, -1, -2) for a in (params["scale"] * x["q"], x["r"]))
-    visible = (np.arange(n_k) <= np.arange(n_q)[:, None] + n_k - n_q) | (not params["causal"])
+    visible = up_to_query(n_q, n_k) | (not params["causal"])
     weights, lse = softmax(np.where(visible, scores, -np.inf))
     mean = np.sum(weights * probed, axis=-1, keepdims=True)
     return {"out": (weights * (1.0 + (mean - probed))) @ v, "lse": lse}

@@ -21,7 +21,7 @@ import math
 
 import numpy as np
 
-from refattn.pieces.arrays import softmax, sums_between
+from refattn.pieces.arrays import faded, softmax, up_to_query
 from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -73,13 +73,12 @@ def vectorized(x, params):
     """How much each transformation takes of a query on its way back: a triangular system, the same for all queries."""
     n_q, n_k, group = x["q"].shape[2], x["k"].shape[2], x["q"].shape[1] // x["k"].shape[1]
     k, v, w, beta = (np.repeat(x[name], group, axis=1) for name in ("k", "v", "w", "beta"))
-    keys, positions = np.arange(n_k), np.arange(n_q) + n_k - n_q
-    reached = keys <= positions[:, None]
+    keys, reached = np.arange(n_k), up_to_query(n_q, n_k)
     met = beta[..., None] * np.where(keys > keys[:, None], w @ np.swapaxes(w, -1, -2), 0.0)
     asked = np.where(reached.T, beta[..., None] * (w @ np.swapaxes(x["q"], -1, -2)), 0.0)
     taken = np.swapaxes(np.linalg.solve(np.eye(n_k) + met, asked), -1, -2)
     later = np.where(keys[:, None] > keys, w @ np.swapaxes(k, -1, -2), 0.0)
-    scores = params["scale"] * (x["q"] @ np.swapaxes(k, -1, -2) - taken @ later) + sums_between(x["gate"])[:, :, np.maximum(positions, 0)]
+    scores = params["scale"] * (x["q"] @ np.swapaxes(k, -1, -2) - taken @ later) + faded(x["gate"], n_q)
     weights, lse = softmax(np.where(reached, scores, -np.inf))
     return {"out": weights @ v, "lse": lse}
 

@@ -22,7 +22,7 @@ import math
 
 import numpy as np
 
-from refattn.pieces.arrays import softmax, sums_between
+from refattn.pieces.arrays import faded, softmax, sums_between, up_to_query
 from refattn.spec import Cost, Example, Identity, Number, Operand, Output, Paper, Param, Variant
 
 
@@ -80,13 +80,11 @@ def vectorized(x, params):
             own = np.swapaxes(q[:, :, inside:after], -1, -2)[..., None] * np.swapaxes(k[:, :, first:last], -1, -2)[..., None, :]
             parts.append(np.sum(own * np.exp(between[:, :, :, inside + before - first :]), axis=2))
         if after < n_q:
-            faded = np.exp(np.cumsum(gate[:, :, last:], axis=2))[:, :, after + before - last :]
+            left = np.exp(np.cumsum(gate[:, :, last:], axis=2))[:, :, after + before - last :]
             to_come = np.exp(np.swapaxes(between[:, :, :, -1], -1, -2))
-            parts.append((q[:, :, after:] * faded) @ np.swapaxes(k[:, :, first:last] * to_come, -1, -2))
+            parts.append((q[:, :, after:] * left) @ np.swapaxes(k[:, :, first:last] * to_come, -1, -2))
         columns.append(np.concatenate(parts, axis=2))
-    positions = np.arange(n_q) + before
-    scores = params["scale"] * np.concatenate(columns, axis=3) + sums_between(x["forget"])[:, :, np.maximum(positions, 0)]
-    scores = np.where(np.arange(n_k) <= positions[:, None], scores, -np.inf)
+    scores = np.where(up_to_query(n_q, n_k), params["scale"] * np.concatenate(columns, axis=3) + faded(x["forget"], n_q), -np.inf)
     sinks = np.broadcast_to(x["sinks"][:, None, None], (*scores.shape[:3], 1))
     weights, lse = softmax(np.concatenate([scores, sinks], axis=3))
     return {"out": weights[..., :-1] @ v, "lse": lse}
