@@ -122,13 +122,25 @@ def _to_odd(x: np.ndarray) -> np.ndarray:
 
 
 def common(dtypes: dict[str, np.dtype], variant: str) -> np.dtype:
-    """The format the results come out in: what the operands' formats promote to."""
-    result: np.dtype | None = None
-    for name, dtype in dtypes.items():
+    """The format the results come out in: that of the operands which holds every number of the others, float64 if none is real.
+
+    NumPy is asked about integers only. What it says of bfloat16 and float8 has changed with the version of ml_dtypes: in 0.6 float16
+    beside bfloat16 had no answer, and float8_e4m3fn beside float8_e3m4 became the latter, which overflows at 30.
+    """
+    real = {dtype for dtype in dtypes.values() if is_real(dtype)}
+    widest = [format_of(a) for a in real if all(_holds(format_of(a), format_of(b)) for b in real)]
+    if real and not widest:
+        listing = ", ".join(f"{name} {dtype.name}" for name, dtype in dtypes.items())
+        raise DtypeError(f"{variant}: the operands ({listing}) have no common format, one of theirs that holds the numbers of all; cast some")
+    result = widest[0].dtype if real else np.dtype(np.float64)
+    for dtype in set(dtypes.values()) - real:
         try:
-            result = dtype if result is None else np.promote_types(result, dtype)
-        except TypeError:
-            listing = ", ".join(f"{n} {d.name}" for n, d in dtypes.items())
-            raise DtypeError(f"{variant}: {name} is {dtype.name}, which has no common format with the others ({listing}); cast one") from None
-    assert result is not None
-    return result if is_real(result) else np.dtype(np.float64)
+            result = np.promote_types(result, dtype)
+        except TypeError:  # integers too wide for a format that NumPy does not know
+            return np.dtype(np.float64)
+    return result
+
+
+def _holds(a: Format, b: Format) -> bool:
+    """Whether every number of `b` is one of `a`."""
+    return a.unit <= b.unit and a.tiny <= b.tiny and a.largest >= b.largest

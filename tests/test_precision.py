@@ -1,6 +1,7 @@
 """Rounding into storage formats, checked value by value, and arrays of other libraries read without importing them."""
 
 import gc
+import itertools
 
 import ml_dtypes
 import numpy as np
@@ -138,12 +139,38 @@ def test_what_names_no_format_is_refused(said, words):
         as_dtype(said)
 
 
-def test_formats_promote_where_numpy_says_and_are_refused_where_it_does_not():
-    f8, bf16, f32 = (np.dtype(t) for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16, np.float32))
-    assert common({"q": bf16, "k": f32}, "softmax") == f32
-    assert common({"q": f8, "k": f8}, "softmax") == f8
-    with pytest.raises(DtypeError, match=r"softmax: k is float16, which has no common format.*q bfloat16, k float16"):
-        common({"q": bf16, "k": np.dtype(np.float16)}, "softmax")
+FORMATS = [np.dtype(t).name for t in (np.float64, np.float32, *NARROW)]
+
+
+@pytest.mark.parametrize("names", [*itertools.product(FORMATS, repeat=2), ("float8_e4m3fn", "float16", "float8_e5m2")])
+def test_the_common_format_is_the_one_that_holds_every_number_of_the_others(names):
+    """Held is what comes back the same: every number of eight and sixteen bits is tried, and the corners of the wider formats."""
+    dtypes = {name: as_dtype(name) for name in names}
+
+    def held(by, dtype):
+        with np.errstate(over="ignore", invalid="ignore"):
+            if dtype.itemsize <= 2:
+                x = np.arange(2 ** (8 * dtype.itemsize), dtype=f"u{dtype.itemsize}").view(dtype).astype(np.float64)
+            else:
+                info = np.finfo(dtype)
+                x = np.array([1 + info.eps, info.max, info.smallest_subnormal], np.float64)
+            x = x[np.isfinite(x)]
+            return np.array_equal(round_to(x, by).astype(np.float64), x)
+
+    widest = [a for a in dtypes.values() if all(held(a, b) for b in dtypes.values())]
+    for order in (dtypes, dict(reversed(dtypes.items()))):
+        if widest:
+            assert common(order, "softmax") == widest[0]
+        else:
+            with pytest.raises(DtypeError, match=f"softmax: the operands .*{names[0]}.* have no common format"):
+                common(order, "softmax")
+
+
+def test_the_common_format_of_integers():
+    bf16, f32, f64, i8, i32 = (np.dtype(t) for t in (ml_dtypes.bfloat16, np.float32, np.float64, np.int8, np.int32))
+    assert common({"q": i8}, "softmax") == common({"q": i32, "k": i8}, "softmax") == f64
+    assert common({"q": i8, "k": f32}, "softmax") == f32
+    assert common({"q": f32, "k": i32}, "softmax") == common({"q": i32, "k": bf16}, "softmax") == f64
 
 
 # ---- arrays of other libraries -------------------------------------------------------------------------------------------------
