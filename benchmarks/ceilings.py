@@ -5,6 +5,9 @@ No kernel of attention can do better than the first, and none that reads every k
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 from numba import njit, prange
 
@@ -86,22 +89,28 @@ class Read:
     Parameters
     ----------
     threads : int
+    turns : sequence of sequence of ndarray, optional
+        What one call reads, what the next, and so on around; contiguous, and each of a size that `threads` divides.  An array of its own unless said.
+        What another call reads in its turns is what it should be compared on: how fast memory is read depends on where the system has put it.
     """
 
-    def __init__(self, threads: int) -> None:
-        self.a, self.threads = np.ones((threads, READ // 4 // threads), np.float32), threads
-        self.results = np.empty((threads, 16), np.float32)
+    def __init__(self, threads: int, turns: Sequence[Sequence[np.ndarray]] | None = None) -> None:
+        self.threads, turns = threads, [[np.ones(READ // 4, np.float32)]] if turns is None else turns
+        self.turns = [[x.reshape(threads, -1).view(np.float32) for x in arrays] for arrays in turns]
+        self.next = itertools.cycle(self.turns)
+        self.results = np.zeros((threads, 16), np.float32)
 
     def __call__(self) -> None:
-        if self.threads == 1:
-            sum_of(self.a[0], self.results[0])
-        else:
-            sum_together(self.a, self.results, self.threads)
+        for a in next(self.next):
+            if self.threads == 1:
+                sum_of(a[0], self.results[0])
+            else:
+                sum_together(a, self.results, self.threads)
 
     @property
     def bytes(self) -> int:
         """Bytes read by one call."""
-        return self.a.nbytes
+        return sum(a.nbytes for a in self.turns[0])
 
 
 @njit(error_model="numpy", cache=True)

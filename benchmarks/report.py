@@ -12,7 +12,7 @@ import csv
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ class Row:
     rate : float
         Operations (decode: bytes) per second; of a ceiling the highest.
     share : float
-        That over the highest ceiling of the whole run.
+        Median over the rounds of its rate over the ceiling's.
     error : float
         Worst error over its tolerance.
     extra : float
@@ -95,19 +95,6 @@ class Row:
     def refused(self) -> bool:
         """Its answer was wrong, or there was none."""
         return self.reason.startswith(("WRONG", "FAILED"))
-
-
-def with_shares(rows: Sequence[Row]) -> list[Row]:
-    """Rates as fractions of the best that the machine did in the whole run: of each number of threads, arithmetic, and kind of ceiling."""
-
-    def kind(row: Row) -> tuple[int, bool, bool]:
-        return row.threads, row.reads, not row.reads and row.dtype == "float64"
-
-    best: dict[tuple[int, bool, bool], float] = {}
-    for row in rows:
-        if row.implementation == CEILING:
-            best[kind(row)] = max(best.get(kind(row), 0.0), row.rate)
-    return [replace(row, share=row.rate / best.get(kind(row), math.nan)) for row in rows]
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -154,7 +141,7 @@ def _table(key: tuple[int, str, str], rows: Sequence[Row]) -> tuple[str, str, li
     best: dict[bool, float] = {}
     for r in rows:
         if r.implementation == CEILING:
-            best[r.reads] = r.rate / r.share / 1e9
+            best[r.reads] = max(best.get(r.reads, 0.0), r.rate / 1e9)
     caption = ", ".join(f"{x:.3g} {'GB' if reads else 'Gflop'}/s" for reads, x in sorted(best.items()))
     columns = ["mask", "B x H x T x D", "refattn ms", "G/s", "of ceiling", *(f"{name} ms" for name in peers[:1]), *peers]
     lines = []

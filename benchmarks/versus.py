@@ -5,8 +5,9 @@
 
 Everything a table shows was measured in one process, in turns: one sample of every implementation, then the next of every one, so that a slow
 moment of the machine is slow for all.  A ratio is the median over the rounds of (its time / refattn's time in the same round): above 1, refattn is
-faster.  A ceiling (multiply-adds per second; for decoding, bytes read per second) takes its turns too, and is the best of them in the whole run.  An
-implementation whose answer is wrong (see referee.py) is named and not timed.
+faster.  A ceiling (multiply-adds per second; for decoding, bytes per second read from the very keys and values refattn decodes) takes its turns too,
+and the share of it that an implementation reaches is the median over the rounds as well.  One whose answer is wrong (see referee.py) is named and not
+timed.
 
 One process per number of threads, bound to as many processors, because the pools of some implementations cannot be resized.  torch's threads are
 started before Numba's (see peers.start_torch), and the program says how fast torch is in a process where nothing else runs, and how fast it was here.
@@ -74,7 +75,10 @@ def measure(case: Case | RecurrenceCase, dtype: str, way: str, threads: int, pee
     least : float
         Seconds of a sample at least.
     """
-    work = case.work(way, dtype, threads)
+    works = [case.work(way, dtype, threads)]
+    if case.reads:
+        works += [case.work(way, dtype, threads) for _ in range(math.ceil(CACHES / works[0].bytes) - 1)]
+    work = works[0]
     key = (threads, dtype, way, case.group, case.B, case.Hq, case.Hkv, case.T, case.S, case.D)
     rows, calls = {}, {}
     for peer in peers:
@@ -86,8 +90,7 @@ def measure(case: Case | RecurrenceCase, dtype: str, way: str, threads: int, pee
             error = judge.worst(same, prepared.arrays(prepared.calls[form]()), peer.profile)
             rows[peer.name] = Row(*key, peer.name, form, first=first, error=error)
             if error <= 1.0:
-                others = [asked(peer, case.work(way, dtype, threads)).calls[form] for _ in range(_copies(case, work.bytes) - 1)]
-                calls[peer.name] = in_turn([prepared.calls[form], *others])
+                calls[peer.name] = in_turn([prepared.calls[form], *(asked(peer, other).calls[form] for other in works[1:])])
             else:
                 rows[peer.name] = replace(rows[peer.name], reason=f"WRONG: its error is {error:.3g} times the tolerance")
         except Declined as declined:
@@ -95,23 +98,23 @@ def measure(case: Case | RecurrenceCase, dtype: str, way: str, threads: int, pee
         except Exception as failure:  # somebody else's, and the others' turn is not over
             lines = str(failure).splitlines() or [""]
             rows[peer.name] = Row(*key, peer.name, reason=f"FAILED: {type(failure).__name__}: {lines[0]}")
-    arithmetic = np.dtype(np.float64 if dtype == "float64" else np.float32)
-    ceiling = ceilings.Read(threads) if case.reads else ceilings.MultiplyAdd(arithmetic, threads)
-    most, amount = (ceiling.bytes, work.bytes) if case.reads else (ceiling.flops, work.flops)
+    ceiling: ceilings.Read | ceilings.MultiplyAdd
+    if case.reads:
+        ceiling = ceilings.Read(threads, [(one.operands["k"], one.operands["v"]) for one in works])
+        most, amount = ceiling.bytes, work.bytes
+    else:
+        ceiling = ceilings.MultiplyAdd(np.dtype(np.float64 if dtype == "float64" else np.float32), threads)
+        most, amount = ceiling.flops, work.flops
     samples = interleaved({**calls, report.CEILING: ceiling}, rounds, least)
-    ours = samples.get(peers[0].name)
+    ours, at_best = samples.get(peers[0].name), samples[report.CEILING]
     for name in calls:
         times = samples[name]
         seconds = statistics.median(times)
         ratio = statistics.median(x / y for x, y in zip(times, ours, strict=True)) if ours else math.nan
-        rows[name] = replace(rows[name], seconds=seconds, ratio=ratio, rate=amount / seconds)
-    least_seconds = min(samples[report.CEILING])
-    top = Row(*key, report.CEILING, seconds=least_seconds, rate=most / least_seconds)
+        share = amount / most * statistics.median(y / x for x, y in zip(times, at_best, strict=True))
+        rows[name] = replace(rows[name], seconds=seconds, ratio=ratio, rate=amount / seconds, share=share)
+    top = Row(*key, report.CEILING, seconds=min(at_best), rate=most / min(at_best))
     return [top, *rows.values()]
-
-
-def _copies(case: Case | RecurrenceCase, bytes_each: int) -> int:
-    return math.ceil(CACHES / bytes_each) if case.reads else 1
 
 
 def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
@@ -259,7 +262,6 @@ def session(threads: int, chosen: argparse.Namespace, alone: float = math.nan) -
         for dtype, way, case in progress.track(todo, description=f"{threads} threads"):
             peers = states if case.group in recurrences.GROUPS else there
             rows += measure(case, dtype, way, threads, peers, QUICK_ROUNDS if chosen.quick else ROUNDS)
-    rows = report.with_shares(rows)
     for table in report.tables(rows):
         screen.print()
         screen.print(table)
