@@ -1,11 +1,12 @@
 """What every implementation is asked: shapes, masks and functions of the scores, and the operands they are asked with.
 
-A case is one line of a table; `Case.work` makes the call of it, with the same operands every time.  What a case adds to the scores or hides is
-stated twice: as an array that everybody can take, and, where that is how it would be written, as a function of positions for those that compile one.
+A case is one line of a table; `Case.work` makes the call of it, with the same operands every time.  What a case does to the scores or hides is
+stated twice: as an array or a number, and, where that is how it would be written, as a function of positions for those that compile one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +20,11 @@ DTYPES = ("float32", "float64", "bfloat16")
 WAYS = ("forward", "backward", "training")
 #: Groups whose ceiling is how fast memory is read, not how fast numbers are multiplied.
 READING = ("decode",)
+#: Where scores are capped.
+CAP = 20.0
 
 
-# Functions of positions.  They work on NumPy's arrays, torch's tensors and Numba's numbers alike.
+# Functions of scores and positions.  They work on NumPy's arrays, torch's tensors and Numba's numbers alike, but for `capped`.
 
 
 def alibi(score: Any, b: Any, h: Any, i: Any, j: Any, slopes: Any) -> Any:
@@ -39,11 +42,21 @@ def same_document(b: Any, h: Any, i: Any, j: Any, document: Any) -> Any:
     return document[i] == document[j]
 
 
+def capped(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+    """Scores that stay below `CAP`: the costliest function of one that a published model has."""
+    return CAP * math.tanh(score / CAP)
+
+
+def capped_in_torch(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+    return CAP * (score / CAP).tanh()
+
+
 @dataclass(frozen=True)
 class Functions:
-    """What a compiling implementation is given in place of a bias or a mask."""
+    """What a compiling implementation is given in place of a bias, a soft-cap or a mask; torch another, where it cannot read the same."""
 
     score_mod: Callable[..., Any] | None = None
+    in_torch: Callable[..., Any] | None = None
     mask_mod: Callable[..., Any] | None = None
     aux: tuple[np.ndarray, ...] = ()
 
@@ -64,7 +77,7 @@ class Work:
         Cotangent of the output.
     threads : int
     functions : Functions
-        The bias or the mask said another way.
+        The bias, the soft-cap or the mask said another way.
     """
 
     way: str
@@ -128,7 +141,7 @@ class Case:
     causal : bool
     window : int
         Keys a query sees, its own included; 0 is no window.
-    kind : {"", "bias", "documents", "alibi", "relative"}
+    kind : {"", "bias", "documents", "alibi", "relative", "cap"}
     """
 
     group: str
@@ -167,6 +180,8 @@ class Case:
             functions = Functions(score_mod=alibi if self.kind == "alibi" else relative, aux=(aux,))
             operands["bias"] = functions.score_mod(0.0, 0, np.arange(self.Hq)[:, None, None], i, j, aux).astype(dtype)
         params: dict[str, Any] = {"causal": True} if self.causal else {"window": (self.window - 1, 0)} if self.window else {}
+        if self.kind == "cap":
+            functions, params = Functions(score_mod=capped, in_torch=capped_in_torch), {**params, "softcap": CAP}
         return Work(way, operands, params, d_out, threads, functions)
 
     @property
@@ -196,6 +211,7 @@ CASES = (
     Case("bias", 1, 8, 8, 2048, 2048, 64, kind="bias"),
     Case("alibi", 1, 8, 8, 2048, 2048, 64, dtypes=_COMPILED, kind="alibi"),
     Case("relative", 1, 8, 8, 2048, 2048, 64, dtypes=_COMPILED, kind="relative"),
+    Case("tanh cap", 1, 8, 8, 2048, 2048, 64, dtypes=_COMPILED, kind="cap"),
     Case("one head", 1, 1, 1, 4096, 4096, 64, ways=("forward", "training")),
     Case("latency", 1, 8, 8, 16, 16, 64),
     Case("decode", 1, 32, 8, 1, 4096, 128),

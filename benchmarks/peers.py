@@ -25,6 +25,8 @@ from .cases import Functions, Work
 
 #: What torch.compile may compile C++ with.
 COMPILERS = ("g++", "c++", "clang++")
+#: Operands and parameters that change the scores.
+ADDED = {"bias", "softcap"}
 #: Bytes of scores up to which a peer that keeps all of them is asked.
 SCORES = 2**30
 
@@ -75,6 +77,12 @@ class Peer:
         return " ".join(f"{p} {importlib.metadata.version(p)}" for p in self.packages)
 
 
+def no_cap(work: Work) -> None:
+    """Decline a soft-cap."""
+    if "softcap" in work.params:
+        raise Declined("knows no soft-cap")
+
+
 def asked(peer: Peer, work: Work) -> Prepared:
     """The peer's calls for a piece of work.
 
@@ -95,7 +103,7 @@ def asked(peer: Peer, work: Work) -> Prepared:
 def prepare_refattn(work: Work) -> Prepared:
     """By the public calls; a backward pass alone by the engine's own, from out and lse kept, as every framework's is."""
     ra.set_num_threads(work.threads)
-    given = {**_as_functions(work), **work.params}
+    given = _as_functions(work)
     if "score_mod" in given:
         prepare_bare(work).calls[""]()  # the kernels are loaded, so that the first call tells what the function costs
     if work.way == "forward":
@@ -121,25 +129,26 @@ def prepare_refattn(work: Work) -> Prepared:
 
 
 def _as_functions(work: Work) -> dict[str, Any]:
-    """The operands, a function in place of the bias or the mask that says the same."""
-    functions, given = work.functions, dict(work.operands)
-    if functions == Functions():
-        return given
+    """Operands and parameters, a function in place of the bias, the soft-cap or the mask that says the same."""
+    functions, given = work.functions, {**work.operands, **work.params}
     if functions.mask_mod is not None:
         n_q, n_k = given["q"].shape[2], given.pop("mask").shape[1]
-        return {**given, "block_mask": ra.block_mask(functions.mask_mod, T=n_q, S=n_k, aux=functions.aux)}
-    del given["bias"]
-    return {**given, "score_mod": functions.score_mod, "aux": functions.aux}
+        given["block_mask"] = ra.block_mask(functions.mask_mod, T=n_q, S=n_k, aux=functions.aux)
+    if functions.score_mod is not None:
+        given = {name: x for name, x in given.items() if name not in ADDED}
+        given.update(score_mod=functions.score_mod, aux=functions.aux or None)
+    return given
 
 
 def bare(work: Work) -> Work:
-    """The same without what is added to the scores."""
-    return replace(work, operands={name: x for name, x in work.operands.items() if name != "bias"}, functions=Functions())
+    """The same without what changes the scores."""
+    operands, params = ({name: x for name, x in given.items() if name not in ADDED} for given in (work.operands, work.params))
+    return replace(work, operands=operands, params=params, functions=Functions())
 
 
 def prepare_bare(work: Work) -> Prepared:
-    if "bias" not in work.operands:
-        raise Declined("nothing is added to the scores")
+    if not ADDED & {*work.operands, *work.params}:
+        raise Declined("nothing changes the scores")
     return prepare_refattn(bare(work))
 
 
@@ -190,6 +199,7 @@ def prepare_torch(work: Work) -> Prepared:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
+    no_cap(work)
     q, k, v = (torch_adapter.convert(work.operands[name]) for name in ("q", "k", "v"))
     group, causal = q.shape[1] // k.shape[1], bool(work.params.get("causal"))
     bias, allowed = work.operands.get("bias"), work.allowed
@@ -243,7 +253,7 @@ def prepare_flex(work: Work) -> Prepared:
         bias = torch_adapter.convert(work.operands["bias"])
         score_mod = lambda score, b, h, i, j: score + bias[i, j]  # noqa: E731 - the shape torch.compile reads
     elif work.functions.score_mod is not None:
-        function, aux = work.functions.score_mod, tuple(map(torch_adapter.convert, work.functions.aux))
+        function, aux = work.functions.in_torch or work.functions.score_mod, tuple(map(torch_adapter.convert, work.functions.aux))
         score_mod = lambda score, b, h, i, j: function(score, b, h, i, j, *aux)  # noqa: E731
     else:
         score_mod = None
@@ -280,6 +290,7 @@ def prepare_jax(work: Work) -> Prepared:
     import jax
     import jax.numpy as jnp
 
+    no_cap(work)
     if work.dtype == "float64":
         raise Declined("its softmax is in float32 whatever the operands are")
     if 4 * np.prod(work.operands["q"].shape[:3]) * work.operands["k"].shape[2] > SCORES:
@@ -324,7 +335,7 @@ def prepare_onnxruntime(work: Work) -> Prepared:
     options.add_session_config_entry("session.force_spinning_stop", "1")  # after a call, or its threads would take the others' time
     codes = {"float32": TensorProto.FLOAT, "bool": TensorProto.BOOL}
 
-    def session(operator: str, feeds: Mapping[str, np.ndarray], domain: str, **attributes: int) -> Callable[[], Any]:
+    def session(operator: str, feeds: Mapping[str, np.ndarray], domain: str, **attributes: float) -> Callable[[], Any]:
         inputs = [helper.make_tensor_value_info(name, codes[x.dtype.name], x.shape) for name, x in feeds.items()]
         node = helper.make_node(operator, list(feeds), ["out"], domain=domain, **attributes)
         graph = helper.make_graph([node], "attention", inputs, [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)])
@@ -334,11 +345,11 @@ def prepare_onnxruntime(work: Work) -> Prepared:
         return lambda: running.run(None, feeds)
 
     causal = int(bool(work.params.get("causal")))
-    extra = work.operands.get("bias", work.allowed)
+    extra, cap = work.operands.get("bias", work.allowed), work.params.get("softcap")
     operands = {name: work.operands[name] for name in ("q", "k", "v")}
-    calls = {"Attention": session("Attention", operands | ({} if extra is None else {"mask": extra}), "", is_causal=causal)}
+    calls = {"Attention": session("Attention", operands | ({} if extra is None else {"mask": extra}), "", is_causal=causal, softcap=cap or 0.0)}
     shape = operands["q"].shape
-    if extra is None and shape[1] == operands["k"].shape[1]:
+    if extra is None and cap is None and shape[1] == operands["k"].shape[1]:
         side_by_side = {name: np.ascontiguousarray(x.swapaxes(1, 2)).reshape(x.shape[0], x.shape[2], -1) for name, x in operands.items()}
         calls["MultiHeadAttention"] = session("MultiHeadAttention", side_by_side, "com.microsoft", num_heads=shape[1], unidirectional=causal)
 
@@ -364,11 +375,13 @@ def prepare_numpy(work: Work) -> Prepared:
     bias = work.operands.get("bias")
     if bias is not None and bias.ndim == 3:
         bias = bias.reshape(k.shape[1], group, n_q, n_k)
-    scale = q.dtype.type(1 / np.sqrt(q.shape[-1]))
+    scale, cap = q.dtype.type(1 / np.sqrt(q.shape[-1])), work.params.get("softcap")
 
     def forward() -> np.ndarray:
         s = np.einsum("bgrid,bgjd->bgrij", q, k, optimize=True)
         s *= scale
+        if cap is not None:
+            s = cap * np.tanh(s / cap)
         if bias is not None:
             s += bias
         if allowed is not None:

@@ -63,7 +63,7 @@ def _forward(work: Work, out: np.ndarray, profile: Profile) -> float:
         some["mask"] = visible[rows]
     if "bias" in some:
         some["bias"] = some["bias"][..., rows, :]
-    call = problem.bind(catalog.variant("softmax"), (), some, ("out",))
+    call = problem.bind(catalog.variant("softmax"), (), some | {"softcap": work.params.get("softcap")}, ("out",))
     truth = definition.run(call)
     allowed = tolerances(call, truth, profile, ALPHA)["out"]
     return float((np.abs(out[:, :, rows].astype(np.float64) - truth["out"]) / allowed).max())

@@ -267,7 +267,7 @@ _GRID = [
     for dtype in DTYPES
     for way in WAYS
 ]
-_FUNCTIONS = ("alibi", "relative")
+_FUNCTIONS = ("alibi", "relative", "tanh cap")
 TARGETS = (
     *_GRID,
     Target("window 256 at S = 4096: ahead of torch", _ratio_to("torch", "window 256"), _the_ratio, least=1.0),

@@ -69,7 +69,7 @@ MASKS = {
 def small(mask, **changes):
     from benchmarks.cases import Case
 
-    return Case(mask, **{"B": 2, "Hq": 4, "Hkv": 2, "T": 37, "S": 37, "D": 8, **MASKS[mask], **changes})
+    return Case(mask, **{"B": 2, "Hq": 4, "Hkv": 2, "T": 37, "S": 37, "D": 8, **MASKS.get(mask, {}), **changes})
 
 
 def answers(peer, work):
@@ -171,6 +171,14 @@ def test_a_forgotten_bias_is_refused(peers, referee):
         assert referee.worst(peers.bare(work), forgotten, "flash") <= 1.0
 
 
+def test_a_forgotten_cap_is_refused(peers, referee):
+    work = small("cap", kind="cap").work("forward", "float32", 1)
+    assert peers.bare(work).params == {} and work.params == {"softcap": 20.0}
+    forgotten = answers(peers.BARE, work)[""]
+    assert referee.worst(work, forgotten, "flash") > 1.0
+    assert referee.worst(peers.bare(work), forgotten, "flash") <= 1.0
+
+
 NAMES = ["refattn", "numpy", *(pytest.param(name, marks=pytest.mark.peer) for name in ("torch", "jax", "onnxruntime"))]
 
 
@@ -198,12 +206,24 @@ def test_every_implementation_is_asked_for_the_same_thing(peers, referee, name):
     assert expected.get(name, {""}) <= forms
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cap_is_taken_as_a_number_or_declined(peers, referee, name):
+    peer = next(p for p in (peers.REFATTN, *peers.PEERS) if p.name == name)
+    work = small("cap", kind="cap").work("forward", "float32", 1)
+    if name in ("torch", "jax"):
+        with pytest.raises(peers.Declined, match="knows no soft-cap"):
+            peer.prepare(work)
+        return
+    for found in answers(peer, work).values():
+        assert referee.worst(work, found, peer.profile) <= 1.0
+
+
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of torch
-@pytest.mark.parametrize("mask", ["causal", "documents", "alibi"])
+@pytest.mark.parametrize("mask", ["causal", "documents", "alibi", "cap"])
 def test_flex_attention_compiled_is_asked_for_the_same_thing(peers, referee, mask):
     flex = next(p for p in peers.PEERS if p.name == "flex")
-    work = small(mask).work("forward", "float32", 1)
+    work = small(mask, **({"kind": "cap"} if mask == "cap" else {})).work("forward", "float32", 1)
     if not any(map(peers.shutil.which, peers.COMPILERS)):  # then it must say so; what it says is tested below
         with pytest.raises(peers.Declined):
             flex.prepare(work)
