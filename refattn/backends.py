@@ -45,7 +45,7 @@ def run(problem: Problem, backend: str, form: str | None = None, homes: Mapping[
     def reason() -> str:
         if backend == "auto" and form is None and _better_defined(problem):
             return "its definition is done before"
-        return _room_of(problem.variant).reason_against(problem) or _without_compiler()
+        return _without_compiler() or _room_of(problem.variant).reason_against(problem)
 
     if _chosen(problem, backend, form, reason) == "definition":
         return definition.run(problem)

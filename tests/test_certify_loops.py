@@ -149,3 +149,14 @@ def test_without_python_flint_it_is_refused(monkeypatch):
     monkeypatch.setattr(balls, "available", lambda: False)
     with pytest.raises(ra.ParameterError, match="aft_full: cannot be certified"):
         ra.certify("aft_full", **draw(catalog.variant("aft_full"), SMALL))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_long_work_counts_on_a_terminal_and_says_nothing_in_a_pipe(terminal, monkeypatch, capsys):
+    monkeypatch.setattr(loops, "_SHOWN_FROM", 0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    variant = catalog.variant("aft_full")
+    certified(variant, draw(variant, SMALL, seed=0), {})
+    shown = capsys.readouterr()
+    assert shown.out == "" and ("certifying aft_full with" in shown.err and "numbers made" in shown.err) == terminal

@@ -348,7 +348,7 @@ def test_a_call_the_kernels_do_not_run_is_refused_with_its_reason():
         ("softmax", (q, k, v), {"scale": 1e39}, "1e[+]39 is beyond float32"),
         ("softmax", rows, {"layout": sequences, "empty_rows": "uniform"}, "no kernel for the mean of a sequence's values"),
         ("sigmoid", rows, {"layout": sequences}, "its numbers differ from sequence to sequence"),
-        ("forgetting", (q, k, v, np.zeros((*q.shape[:2], k.shape[2]), np.float32)), {}, "it has no plan"),
+        ("stick_breaking", (q, k, v), {}, "it has no plan"),
         ("luong_general", (q[:, 0], k[:, 0], v[:, 0], np.eye(3, dtype=np.float32)), {}, "no kernel for softmax of bilinear scores"),
     ):
         with pytest.raises(ra.BackendUnavailableError, match=f"^{name}: .*'cpu'.*: .*{reason}; use 'definition' or 'auto'"):

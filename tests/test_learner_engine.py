@@ -1,6 +1,7 @@
 """The learner engine against the definitions: at chunks' edges, in the middle of mini-batches, cut, packed, and on any number of threads."""
 
 import importlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from test_state_engine import FORMATS, bound, by_definition, cut, in_format
 import refattn as ra
 from refattn import catalog
 from refattn.engine.learner import run as engine
+from refattn.engine.learner.forgetting import running_sums
 
 pytestmark = pytest.mark.compiled
 
 LEARNERS = [v for v in VARIANTS if v.values[0].name in engine.KERNELS]
+#: Those that a sequence can be cut in, what they carry handed on.
+CARRIED = [v for v in LEARNERS if v.values[0].carried]
 LEARNER_CALLS = [c for c in CALLS if c.values[0].name in engine.KERNELS]
 #: One state for two query heads; widths small enough for long sequences, none of them whole vectors.
 LONG = {**GENERAL, "B": 1, "Hq": 2, "Hkv": 1, "D": 5, "E": 3, "F": 9, "L": 9}
@@ -57,7 +61,7 @@ def test_segments_of_any_length(segment, update):
 @pytest.mark.parametrize("more", [None, -1, 0, 1, 66])
 @pytest.mark.parametrize("variant", LEARNERS)
 def test_lengths_around_those_of_chunks(variant, more):
-    n = 0 if more is None else module_of(variant).CHUNK + more
+    n = 0 if more is None else getattr(module_of(variant), "CHUNK", 64) + more
     check_values(variant, {}, {**LONG, "T": n, "S": n}, np.float64)
 
 
@@ -74,6 +78,39 @@ def test_gradients_at_one_model_for_any_number_of_tokens(variant, length):
     variant = catalog.variant(variant)
     [name] = {p.name for p in variant.params} & {"chunk", "mini_batch"}
     check_values(variant, {name: length}, {**LONG, "T": 140, "S": 140}, np.float64)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("queries, keys", [(70, 70), (1, 200), (5, 70), (70, 5), (3, 0), (0, 3), (1, 1)])
+@pytest.mark.parametrize("closed", [0.0, 0.02, 1.0])
+def test_gates_between_a_key_and_a_query(closed, queries, keys, dtype):
+    variant, dims = catalog.variant("forgetting"), {**LONG, "Hq": 4, "Hkv": 2, "T": queries, "S": keys}
+    gate = np.array(draw(variant, dims)["gate"])
+    gate[np.random.default_rng(6).random(gate.shape) < closed] = -np.inf
+    check_values(variant, {}, dims, dtype, gate=gate)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 50, 1000])
+def test_running_sums_are_exact_to_the_last_bit_of_the_second_number(n):
+    gates = np.random.default_rng(n).standard_normal((2, 3, n)) * 10.0 ** np.random.default_rng(0).integers(-12, 6, (2, 3, n))
+    for one, high, low in zip(*(x.reshape(6, n) for x in (gates, *running_sums(gates))), strict=True):
+        exact, size = Fraction(0), Fraction(0)
+        for x, a, b in zip(one, high, low, strict=True):
+            exact, size = exact + Fraction(x), size + abs(Fraction(x))
+            assert abs(Fraction(a) + Fraction(b) - exact) <= size * n / 2**104
+            assert a == a + b
+
+
+def test_gates_without_running_sums_go_to_the_definition():
+    variant, dims = catalog.variant("forgetting"), {**LONG, "T": 20, "S": 20}
+    x = draw(variant, dims)
+    for spoilt in (np.nan, np.inf, -1e300):
+        gate = np.array(x["gate"])
+        gate[0, 0, 5:7] = spoilt
+        with pytest.raises(ra.BackendUnavailableError, match=r"forgetting: .*'cpu' does not run this call: its gates are NaN, infinite, or sum to"):
+            ra.attend("forgetting", **{**x, "gate": gate}, backend="cpu")
+        found, expected = (ra.attend("forgetting", **{**x, "gate": gate}, backend=backend) for backend in ("auto", "definition"))
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 6, 7, 8, 60])
@@ -123,7 +160,7 @@ def ending_at(variant, n):
 
 
 @pytest.mark.parametrize("n", [33, 64, 65])
-@pytest.mark.parametrize("variant", LEARNERS)
+@pytest.mark.parametrize("variant", CARRIED)
 def test_a_sequence_is_carried_on_by_what_it_carries(variant, n):
     dims, returns, params = {**LONG, "T": 80, "S": 80}, names_of(variant), ending_at(variant, n)
     operands = draw(variant, dims)
@@ -170,7 +207,7 @@ def test_calls_that_are_not_tiny_go_to_the_engine(variant, monkeypatch):
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize("variant", LEARNERS)
+@pytest.mark.parametrize("variant", CARRIED)
 def test_a_step_goes_on_from_what_is_carried(variant):
     returns, operands = names_of(variant), in_format(draw(variant, {**LONG, "T": 20, "S": 20}), np.float32)
     (one, two), params = cut(variant, operands, 15), ending_at(variant, 15)
@@ -188,7 +225,7 @@ def test_a_step_goes_on_from_what_is_carried(variant):
             close(found if name == "out" else state[name], wanted[:, :, 15:] if name == "out" else wanted, allowed * 2.0**29, name)
 
 
-@pytest.mark.parametrize("variant", LEARNERS)
+@pytest.mark.parametrize("variant", CARRIED)
 def test_packed_sequences_are_calls_of_their_own(variant):
     bounds = np.array([0, 5, 5, 70])
     x = draw(variant, {**LONG, "T": 70, "S": 70}, optional=False)

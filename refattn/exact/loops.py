@@ -11,18 +11,21 @@ for small calls.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import itertools
 import math
 import operator
+import sys
 import textwrap
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
+from ..costs import flops
 from ..errors import ParameterError
 from ..problem import Problem, output_dtype
 from ..spec import shape
@@ -31,6 +34,8 @@ from .results import Certified, Draft, draft, released, unknown_are_nan
 
 #: Numbers whose making is remembered; later ones are compared by their bits alone.
 _MOST_KNOWN = 2_000_000
+#: Operations of a definition, a few microseconds each, from which a line on a terminal says that something is happening.
+_SHOWN_FROM = 200_000
 _numbers = itertools.count()
 
 
@@ -255,7 +260,7 @@ def certify(problem: Problem) -> dict[str, Certified]:
     bits = 0
     for bits in balls.precisions():
         try:
-            with balls.precision(bits):
+            with balls.precision(bits), _shown(problem, bits):
                 found = _run(problem)
                 done = [_settle(x, found[name]) for name, x in drafts.items()]
         except Undecided:
@@ -266,6 +271,26 @@ def certify(problem: Problem) -> dict[str, Certified]:
             unknown_are_nan(drafts)
             return {name: released(x, x.value.shape, axes[name], problem.layout) for name, x in drafts.items()}
     raise ParameterError(f"{problem.variant.name}: cannot be certified: its loops compare two numbers that {bits} bits do not tell apart")
+
+
+@contextlib.contextmanager
+def _shown(problem: Problem, bits: int) -> Iterator[None]:
+    """Long work counts on a terminal what it has made."""
+    if not sys.stderr.isatty() or flops(problem) < _SHOWN_FROM:
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    class Made(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{len(Ball.known):,} numbers made")
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), Made(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as line:
+        line.add_task(f"certifying {problem.variant.name} with {bits} bits")
+        yield
 
 
 def _run(problem: Problem) -> Mapping[str, np.ndarray]:

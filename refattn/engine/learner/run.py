@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from ...problem import Problem
 from ...spec import Variant
 from ..run import format_of
 
-#: Variants that have kernels, called from the module of their name, and the modules of those kernels, of which two share one.
-KERNELS = ("infini", "log_linear", "mesa", "momentum_delta", "titans", "ttt_linear", "ttt_mlp")
+#: Variants that have kernels, called from the module of their name, and the modules of those kernels: two share one, one takes those of softmax.
+KERNELS = ("forgetting", "infini", "log_linear", "mesa", "momentum_delta", "titans", "ttt_linear", "ttt_mlp")
 COMPILED = ("infini", "log_linear", "mesa", "momentum", "ttt_linear", "ttt_mlp")
 
 
@@ -28,7 +29,7 @@ def reason_against(problem: Problem) -> str:
     for name, x in problem.params.items():
         if isinstance(x, float) and x and not float(limits.smallest_normal) <= abs(x) <= float(limits.max):
             return f"{name}={x:g} is beyond {format_}"
-    return ""
+    return str(getattr(_module(problem.variant), "reason_against", lambda problem: "")(problem))
 
 
 def run(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
@@ -41,5 +42,9 @@ def run(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
     threads : int, optional
         As many as Numba uses, unless said.  The result does not depend on it.
     """
-    found: dict[str, Any] = importlib.import_module("." + problem.variant.name, __package__).outputs(problem, threads)
+    found: dict[str, Any] = _module(problem.variant).outputs(problem, threads)
     return {name: found[name] for name in problem.returns}
+
+
+def _module(variant: Variant) -> ModuleType:
+    return importlib.import_module("." + variant.name, __package__)

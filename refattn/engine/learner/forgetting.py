@@ -1,0 +1,108 @@
+"""Forgetting attention by the kernels of softmax, with a function of scores that adds the gates between a key and a query.
+
+What lies between is the difference of two running sums.  They are kept as sums of two float64 each, so that a difference is exact to about its own
+last bit, however long the sequence; float32 needs the first alone.  Gates of -inf are left out of the sums and counted: they hide a key from a query
+that has another number of them behind it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ...functions import Functions
+from ...pieces.masks import causal
+from ...pieces.similarities import dot
+from ...problem import Problem
+from ...spec import Dims, Plan, Stage, Variant
+from ..call import Call
+
+#: Beyond it sums of gates might overflow.
+LARGEST = 1e300
+
+
+def reason_against(problem: Problem) -> str:
+    """Why the gates of a problem have no running sums; "" where they do."""
+    gate = problem.given["gate"].astype(np.float64)
+    gate[gate == -np.inf] = 0.0
+    return "" if np.abs(gate).sum() <= LARGEST else f"its gates are NaN, infinite, or sum to more than {LARGEST:g}"
+
+
+def outputs(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
+    """All outputs of a dense problem, in float32 or float64; they do not depend on the number of threads."""
+    gate = problem.given["gate"].astype(np.float64)
+    closed = gate == -np.inf
+    high, low = running_sums(np.where(closed, 0.0, gate))
+    before = np.array([problem.dims["S"] - problem.dims["T"]])
+    double = problem.dtype == np.float64
+    score = (faded_closely, (high, low, before)) if double else (faded, (high, before))
+    same_side = (as_many_closed, (np.cumsum(closed, axis=-1), before)) if closed.any() else (None, ())
+    functions = Functions(score_mod=score[0], score_aux=score[1], mask_mod=same_side[0], mask_aux=same_side[1])
+    call = Call(replace(problem, variant=_planned(problem.variant), functions=functions), threads)
+    call.forward()
+    return {"out": call.out, "lse": call.lse}
+
+
+@functools.cache
+def _planned(variant: Variant) -> Variant:
+    """The variant with a plan, of all but its gates."""
+
+    def plan(dims: Dims, params: Any) -> Plan:
+        scale = dims["D"] ** -0.5 if params["scale"] is None else params["scale"]
+        return Plan(similarity=dot, scale=scale, masks=(Stage(causal, (dims["S"] - dims["T"],)),))
+
+    return replace(variant, plan=plan)
+
+
+# ---- functions of scores; query i stands at key i + before ------------------------------------------------------------------------
+
+
+def faded(score: Any, b: Any, h: Any, i: Any, j: Any, sums: Any, before: Any) -> Any:
+    at = max(i + before[0], 0)  # queries before the first key see nothing
+    return score + (sums[b, h, at] - sums[b, h, j])
+
+
+def faded_closely(score: Any, b: Any, h: Any, i: Any, j: Any, high: Any, low: Any, before: Any) -> Any:
+    at = max(i + before[0], 0)
+    return score + ((high[b, h, at] - high[b, h, j]) + (low[b, h, at] - low[b, h, j]))
+
+
+def as_many_closed(b: Any, h: Any, i: Any, j: Any, counts: Any, before: Any) -> Any:
+    return counts[b, h, max(i + before[0], 0)] == counts[b, h, j]
+
+
+# ---- sums ------------------------------------------------------------------------------------------------------------------------
+
+
+def running_sums(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Running sums along the last axis, each as the nearest float64 and what it lacks: inside stretches first, then of stretches."""
+    n = x.shape[-1]
+    length = math.isqrt(max(n - 1, 0)) + 1
+    stretches = np.zeros((*x.shape[:-1], -(-n // length) * length))
+    stretches[..., :n] = x
+    high, low = _scanned(stretches.reshape(*x.shape[:-1], -1, length))
+    ends, rests = _scanned(high[..., -1], low[..., -1])
+    before = ([(0, 0)] * (ends.ndim - 1)) + [(1, 0)]
+    high, low = _plus(high, low, *(np.pad(one, before)[..., :-1, None] for one in (ends, rests)))
+    high, low = (np.ascontiguousarray(one.reshape(*x.shape[:-1], -1)[..., :n]) for one in (high, low))
+    return high, low
+
+
+def _scanned(x: np.ndarray, rest: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    high, low = np.array(x), np.zeros_like(x) + rest
+    for n in range(1, x.shape[-1]):
+        high[..., n], low[..., n] = _plus(high[..., n - 1], low[..., n - 1], high[..., n], low[..., n])
+    return high, low
+
+
+def _plus(a: np.ndarray, a_rest: np.ndarray, b: np.ndarray, b_rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of two sums of two (Knuth, TAOCP 4.2.2: the error of an addition is a float64 number)."""
+    total = a + b
+    of_b = total - a
+    error = (a - (total - of_b)) + (b - of_b) + (a_rest + b_rest)
+    high = total + error
+    return high, error - (high - total)
