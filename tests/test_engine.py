@@ -99,6 +99,21 @@ def test_every_width_gives_what_the_definition_gives(width, dtype):
 
 
 @FORMATS
+@pytest.mark.parametrize("n", SIZES)
+def test_cosines_and_a_residual_give_what_the_definition_gives(n, dtype):
+    variant = catalog.variant("cosine_residual")
+    for width in (1, 3, 64):
+        _, _, v = operands(dtype, n, B=2, S=n, Hkv=1, E=width)
+        v = v[:, 0] * 2.0 ** np.linspace(-40, 40, n)[:, None].astype(dtype)  # tokens of very different lengths
+        v[:, n // 2 : n // 2 + 1] = 0.0  # and one of none
+        call = bind(variant, (v,), {}, ("out",))
+        for threads_ in (1, 2):
+            agrees(call, threads_)
+    with pytest.raises(ra.BackendUnavailableError, match="it does not return weights"):
+        ra.attend("cosine_residual", v, returns="weights", backend="cpu")
+
+
+@FORMATS
 @pytest.mark.parametrize("empty_rows", ["zero", "nan", "uniform"])
 def test_every_combination_of_options_gives_what_the_definition_gives(empty_rows, dtype):
     rng = np.random.default_rng(7)

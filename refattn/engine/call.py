@@ -16,7 +16,7 @@ from ..problem import Problem, sequence_dims
 from ..sequences import Packed
 from . import backward, decode, forward, rows, weights
 from .panels import VECTORS
-from .run import format_of, plans
+from .run import format_of, plans, similarity_of
 from .simd import register_bytes
 from .stages import Along, Role, aux_table, lifted
 from .stored import BFLOAT16, BYTE, FLOAT16, SAME
@@ -60,6 +60,9 @@ class Call:
         self.format = format_ = format_of(problem)
         given, functions = problem.given, problem.functions
         self.q, self.k, self.v = (_with_heads(given[name]) for name in (plan.query, plan.key, plan.value))
+        if similarity_of(plan) == "cosine":
+            self.q = _of_length_one(self.q, format_)
+            self.k = self.q if plan.key == plan.query else _of_length_one(self.k, format_)
         self.heads, self.kv_heads = self.q.shape[1], self.k.shape[1]
         self.group = self.heads // self.kv_heads
         d, e = self.q.shape[3], self.v.shape[3]
@@ -101,6 +104,8 @@ class Call:
         rule = self.problem.params.get("empty_rows", "zero")
         if rule != "zero":
             _fill_empty(rule, self.out, self.lse, self.v, self.inputs[8])
+        if self.plan.residual:
+            np.add(self.out, _with_heads(self.problem.given[self.plan.residual]), out=self.out, casting="same_kind")
 
     def backward(self, d_out: np.ndarray | None, d_lse: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Gradients by ``d_<operand>``, in the kernel's format and the shapes operands were given in (BHTD); after `forward`."""
@@ -322,6 +327,14 @@ def _no_sinks(heads: int, format_: np.dtype) -> np.ndarray:
 
 def _with_heads(x: np.ndarray) -> np.ndarray:
     return x[:, None] if x.ndim == 3 else x
+
+
+def _of_length_one(x: np.ndarray, format_: np.dtype) -> np.ndarray:
+    """Vectors over their lengths, which are taken in float64; those of length 0 stay what they are."""
+    unit = np.array(x, format_)
+    lengths = np.sqrt(np.einsum("...d,...d->...", unit, unit, dtype=np.float64))[..., None]
+    lengths[lengths == 0.0] = 1.0
+    return np.divide(unit, lengths, out=unit, casting="same_kind")
 
 
 def _four_axes(x: np.ndarray, dims: Any) -> np.ndarray:

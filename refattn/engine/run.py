@@ -38,13 +38,23 @@ def reason_against(problem: Problem) -> str:
 
 def reason_against_plan(plan: Plan) -> str:
     """Why the engine does not run a plan; "" where it does."""
-    similarity = plan.similarity.__name__.rpartition(".")[2]
-    if similarity != "dot" or plan.normalizer not in STATISTICS:
+    similarity = similarity_of(plan)
+    if similarity not in ("dot", "cosine") or plan.normalizer not in STATISTICS:
         return f"there is no kernel for {plan.normalizer} of {similarity} scores"
-    if plan.projections or plan.residual or plan.fill > -np.inf or (plan.shift and plan.normalizer != "sigmoid"):
-        return "there is no kernel for projections, a residual, a shift or filled scores"
+    if plan.projections or plan.fill > -np.inf or (plan.shift and plan.normalizer != "sigmoid"):
+        return "there is no kernel for projections, a shift or filled scores"
     mods = [stage.piece.__name__.rpartition(".")[2] for stage in plan.score_mods]
     return "" if mods in ([], ["softcap"]) else f"there is no kernel for the score modifiers {', '.join(mods)}"
+
+
+def similarity_of(plan: Plan) -> str:
+    """The name of a plan's similarity."""
+    return plan.similarity.__name__.rpartition(".")[2]
+
+
+def reason_against_gradients_of_plan(plan: Plan) -> str:
+    """Why the engine has no gradients of a plan that it runs; "" where it has."""
+    return "there is no kernel for gradients of cosines or a residual" if similarity_of(plan) == "cosine" or plan.residual else ""
 
 
 def reason_against_gradients(problem: Problem, cotangents: Mapping[str, np.ndarray]) -> str:
@@ -54,7 +64,7 @@ def reason_against_gradients(problem: Problem, cotangents: Mapping[str, np.ndarr
         return f"there is no kernel for a cotangent of {others[0]}"
     if problem.params.get("empty_rows", "zero") != "zero":
         return "there is no kernel for gradients of rows that see nothing"
-    return reason_against(problem)
+    return reason_against(problem) or ("" if problem.plan is None else reason_against_gradients_of_plan(problem.plan))
 
 
 def _reason_against_outputs(problem: Problem, plan: Plan) -> str:
@@ -64,8 +74,9 @@ def _reason_against_outputs(problem: Problem, plan: Plan) -> str:
 
 def _reason_against_numbers(problem: Problem, plan: Plan) -> str:
     format_ = format_of(problem)
-    if problem.dims["S"] >= LONGEST[format_]:
-        return f"S={problem.dims['S']}; in {format_} it takes fewer than {LONGEST[format_]} keys"
+    n_keys = problem.dims.get("S", problem.dims["T"])
+    if n_keys >= LONGEST[format_]:
+        return f"S={n_keys}; in {format_} it takes fewer than {LONGEST[format_]} keys"
     if problem.sequences is not None:
         if problem.params.get("empty_rows", "zero") == "uniform":
             return "there is no kernel for the mean of a sequence's values"
@@ -79,14 +90,16 @@ def _reason_against_numbers(problem: Problem, plan: Plan) -> str:
 
 
 def allocated(plan: Plan, dims: Dims, itemsize: int) -> int:
-    """Bytes of arrays that a forward call allocates for operands of that itemsize: the output and each row's statistic, and the rounded output.
+    """Bytes of arrays that a forward call allocates for operands of that itemsize: output, each row's statistic, rounded output, vectors of length 1.
 
     The threads' own room for a block and a tile is not counted: it does not grow with the sequences, but for the scores of some dozen rows where a
     normaliser takes whole rows.
     """
     kernel, rows = max(itemsize, 4), dims.get("B", 1) * dims.get("Hq", 1) * dims["T"]
-    out, statistic, rounded = kernel * rows * dims["E"], kernel * rows, itemsize * rows * dims["E"] if itemsize < kernel else 0
-    return out + max(statistic, rounded)  # the one is gone when the other is made
+    width = dims.get("E", dims["D"])
+    out, statistic, rounded = kernel * rows * width, kernel * rows, itemsize * rows * width if itemsize < kernel else 0
+    unit = kernel * rows * dims["D"] if similarity_of(plan) == "cosine" else 0
+    return out + max(unit + statistic, rounded)  # the one is gone when the other is made
 
 
 def run(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
@@ -123,6 +136,8 @@ def repeated(problem: Problem) -> Callable[[Mapping[str, np.ndarray]], np.ndarra
     if plan is None or problem.functions is not None or problem.returns != ("out",) or problem.params.get("empty_rows", "zero") != "zero":
         return None
     operands = {plan.query, plan.key, plan.value}
+    if similarity_of(plan) != "dot" or plan.residual:
+        return None
     plain = problem.dtype == format_ and problem.given.keys() == operands and all(x.ndim == 4 and x.dtype == format_ for x in problem.given.values())
     return _loaded().Repeated(problem) if plain and 0 not in problem.dims.values() and not reason_against(problem) else None
 
