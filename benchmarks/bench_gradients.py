@@ -1,4 +1,4 @@
-"""Gradients of variants that have no kernel for them: back through whole arrays of NumPy."""
+"""Gradients of variants that are neither softmax of dot products nor a recurrence: back through whole arrays of NumPy, or by their own kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from refattn import catalog
 from .workload import LENGTHS, VARIANTS, operands
 
 
-class WholeArrays:
+class Gradients:
     """Gradients of one output on T = S = length positions, float64."""
 
     params = (tuple(name for name in VARIANTS if catalog.variant(name).vectorized is not None), LENGTHS)

@@ -78,6 +78,7 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: s
     from . import derivatives  # SciPy, wanted here only
 
     _check_gradients(problem, backend)
+    room = _room_of(problem.variant)
 
     def reason() -> str:
         vain = form is not None or vectorized.reason_against_gradients(problem)
@@ -85,15 +86,19 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: s
 
     @functools.cache
     def reason_against_kernels() -> str:
-        if problem.variant.recurs:
+        if room is state:
             return state.reason_against_gradients(problem, form) or _without_compiler()
+        if room is learner:
+            return _without_compiler() or learner.reason_against_gradients(problem)
         return engine.reason_against_gradients(problem, cotangents) or _without_compiler()
 
     if _chosen(problem, backend, form, reason) == "definition":
         return derivatives.gradients(problem, cotangents)
     if reason_against_kernels():
         of_one = vectorized.gradients
-    elif problem.variant.recurs:
+    elif room is learner:
+        of_one = learner.gradients
+    elif room is state:
         of_one = functools.partial(state.gradients, form=form)
     else:
         return derivatives.Gradients(engine.gradients(problem, cotangents), {})
@@ -130,7 +135,7 @@ def of(variant: Variant) -> tuple[str, ...]:
 
 def gradients_by(variant: Variant) -> str:
     """What differentiates a variant with its defaults: the engine's kernels, its `vectorized` form, or differences of its definition."""
-    kernels = "cpu" in of(variant) and _room_of(variant) is not learner
+    kernels = "cpu" in of(variant) and (_room_of(variant) is not learner or variant.name in learner.GRADIENTS)
     if kernels and variant.plan is not None:
         dims, params = dict.fromkeys(variant.axes, 1), {p.name: p.default for p in variant.params}
         kernels = not engine.reason_against_gradients_of_plan(variant.plan(dims, params))

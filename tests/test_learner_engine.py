@@ -8,6 +8,7 @@ import pytest
 from catalogue import CALLS, GENERAL, LADDER, VARIANTS, draw, flops, rounding
 from test_catalogue import close
 from test_state_engine import FORMATS, bound, by_definition, cut, in_format
+from test_vectorized import assert_gradients
 
 import refattn as ra
 from refattn import catalog
@@ -88,6 +89,35 @@ def test_gates_between_a_key_and_a_query(closed, queries, keys, dtype):
     gate = np.array(draw(variant, dims)["gate"])
     gate[np.random.default_rng(6).random(gate.shape) < closed] = -np.inf
     check_values(variant, {}, dims, dtype, gate=gate)
+
+
+@pytest.mark.parametrize("queries, keys", [(9, 9), (1, 20), (5, 12), (12, 5), (1, 1)])
+@pytest.mark.parametrize("closed", [0.0, 0.1])
+def test_gradients_of_gates_are_those_of_dual_numbers(closed, queries, keys):
+    variant, dims = catalog.variant("forgetting"), {**LONG, "B": 2, "Hq": 4, "Hkv": 2, "D": 3, "T": queries, "S": keys}
+    x = draw(variant, dims, seed=8)
+    x["gate"] = np.where(np.random.default_rng(6).random(x["gate"].shape) < closed, -np.inf, x["gate"])
+    assert_gradients(variant, x, {}, engine.gradients)
+
+
+@pytest.mark.parametrize("outputs", [("out",), ("lse",), ("out", "lse")])
+def test_gradients_in_float32_are_those_in_float64(outputs):
+    variant, rng = catalog.variant("forgetting"), np.random.default_rng(9)
+    narrow = in_format(draw(variant, {**LONG, "B": 2, "Hq": 4, "Hkv": 2, "T": 150, "S": 170}, seed=8), np.float32)
+    shapes = {"out": (2, 4, 150, LONG["E"]), "lse": (2, 4, 150)}
+    cotangents = {name: rng.standard_normal(shapes[name]).astype(np.float32) for name in outputs}
+    exact = in_format(narrow, np.float64)
+
+    def gradients(x):
+        return tuple(engine.gradients(bound(variant, {}, x, outputs), in_format(cotangents, np.float64)).values())
+
+    found = [engine.gradients(bound(variant, {}, narrow, outputs), cotangents, n) for n in (1, 2)]
+    for (name, one), two in zip(found[0].items(), found[1].values(), strict=True):
+        np.testing.assert_array_equal(one, two, name)
+    allowed = rounding(gradients, exact, variant, 3 * flops(variant, exact, {}))
+    for (name, one), wanted, tolerance in zip(found[0].items(), gradients(exact), allowed, strict=True):
+        close(one, wanted, tolerance * 2.0**29, name)
+    assert ra.describe("forgetting").gradients == "kernels"
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 50, 1000])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,26 +35,51 @@ def reason_against(problem: Problem) -> str:
 
 def outputs(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
     """All outputs of a dense problem, in float32 or float64; they do not depend on the number of threads."""
-    gate = problem.given["gate"].astype(np.float64)
-    closed = gate == -np.inf
-    high, low = running_sums(np.where(closed, 0.0, gate))
-    before = np.array([problem.dims["S"] - problem.dims["T"]])
-    double = problem.dtype == np.float64
-    score = (faded_closely, (high, low, before)) if double else (faded, (high, before))
-    same_side = (as_many_closed, (np.cumsum(closed, axis=-1), before)) if closed.any() else (None, ())
-    functions = Functions(score_mod=score[0], score_aux=score[1], mask_mod=same_side[0], mask_aux=same_side[1])
-    call = Call(replace(problem, variant=_planned(problem.variant), functions=functions), threads)
+    call = Call(_as_softmax(problem), threads)
     call.forward()
     return {"out": call.out, "lse": call.lse}
 
 
+def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], threads: int | None = None) -> dict[str, np.ndarray]:
+    """Gradients by ``d_<operand>``, for cotangents of ``out``, ``lse`` or both.
+
+    A gate is in the scores of queries from its token on with keys before it: all scores of those queries, less those with keys from its token on,
+    which no other query sees.  So its gradient is a sum over tokens from it on, of a row's scores' gradients less a column's.  A row's sum to
+    d_lse; a column's are what a bias of keys would get.
+    """
+    shape = (*problem.given["gate"].shape[:2], 1, problem.dims["S"])
+    columns = {**problem.given, "columns": np.zeros(shape, problem.dtype)}
+    call = Call(_as_softmax(replace(problem, given=columns), slope=straight), threads)
+    call.forward()
+    found = call.backward(cotangents.get("out"), cotangents.get("lse"))
+    of_tokens = -found.pop("d_columns")[:, :, 0].astype(np.float64)
+    n_q = min(problem.dims["T"], problem.dims["S"])  # those before the first key see nothing
+    if "lse" in cotangents and n_q:
+        of_tokens[..., -n_q:] += cotangents["lse"][..., -n_q:]
+    d_gate = np.cumsum(of_tokens[..., ::-1], axis=-1)[..., ::-1]
+    d_gate[..., :1] = 0.0
+    return {**found, "d_gate": np.where(np.isfinite(problem.given["gate"]), d_gate, 0.0)}
+
+
+def _as_softmax(problem: Problem, slope: Callable[..., Any] | None = None) -> Problem:
+    """Softmax of the same queries, keys and values with a function of scores."""
+    gate = problem.given["gate"].astype(np.float64)
+    closed = gate == -np.inf
+    high, low = running_sums(np.where(closed, 0.0, gate))
+    before = np.array([problem.dims["S"] - problem.dims["T"]])
+    score_mod, sums = (faded_closely, (high, low, before)) if problem.dtype == np.float64 else (faded, (high, before))
+    mask_mod, counts = (as_many_closed, (np.cumsum(closed, axis=-1), before)) if closed.any() else (None, ())
+    functions = Functions(score_mod=score_mod, slope=slope, mask_mod=mask_mod, score_aux=sums, mask_aux=counts)
+    return replace(problem, variant=_planned(problem.variant, "columns" if "columns" in problem.given else ""), functions=functions)
+
+
 @functools.cache
-def _planned(variant: Variant) -> Variant:
+def _planned(variant: Variant, bias: str) -> Variant:
     """The variant with a plan, of all but its gates."""
 
-    def plan(dims: Dims, params: Any) -> Plan:
+    def plan(dims: Dims, params: Mapping[str, Any]) -> Plan:
         scale = dims["D"] ** -0.5 if params["scale"] is None else params["scale"]
-        return Plan(similarity=dot, scale=scale, masks=(Stage(causal, (dims["S"] - dims["T"],)),))
+        return Plan(similarity=dot, scale=scale, masks=(Stage(causal, (dims["S"] - dims["T"],)),), bias=bias)
 
     return replace(variant, plan=plan)
 
@@ -69,6 +95,10 @@ def faded(score: Any, b: Any, h: Any, i: Any, j: Any, sums: Any, before: Any) ->
 def faded_closely(score: Any, b: Any, h: Any, i: Any, j: Any, high: Any, low: Any, before: Any) -> Any:
     at = max(i + before[0], 0)
     return score + ((high[b, h, at] - high[b, h, j]) + (low[b, h, at] - low[b, h, j]))
+
+
+def straight(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+    return 1.0
 
 
 def as_many_closed(b: Any, h: Any, i: Any, j: Any, counts: Any, before: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,9 @@ from ..run import format_of
 #: Variants that have kernels, called from the module of their name, and the modules of those kernels: two share one, one takes those of softmax.
 KERNELS = ("forgetting", "infini", "log_linear", "mesa", "momentum_delta", "titans", "ttt_linear", "ttt_mlp")
 COMPILED = ("infini", "log_linear", "mesa", "momentum", "ttt_linear", "ttt_mlp")
+
+#: Those that have kernels for gradients too.
+GRADIENTS = ("forgetting",)
 
 
 def knows(variant: Variant) -> bool:
@@ -32,6 +36,11 @@ def reason_against(problem: Problem) -> str:
     return str(getattr(_module(problem.variant), "reason_against", lambda problem: "")(problem))
 
 
+def reason_against_gradients(problem: Problem) -> str:
+    """Why the engine has no gradients of a problem of a variant it knows; "" where it has."""
+    return reason_against(problem) if problem.variant.name in GRADIENTS else "there is no kernel for its gradients"
+
+
 def run(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
     """The outputs asked for, in float32, or float64 for float64 operands.
 
@@ -44,6 +53,22 @@ def run(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
     """
     found: dict[str, Any] = _module(problem.variant).outputs(problem, threads)
     return {name: found[name] for name in problem.returns}
+
+
+def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], threads: int | None = None) -> dict[str, np.ndarray]:
+    """Gradients of sum(cotangent * output) by ``d_<operand>``, in the shapes operands were given in (BHTD), float32 or float64.
+
+    Parameters
+    ----------
+    problem : Problem
+        A dense one that `reason_against_gradients` has nothing against.
+    cotangents : mapping of str to ndarray
+        By output, in their shapes.
+    threads : int, optional
+        As many as Numba uses, unless said.  The result does not depend on it.
+    """
+    found: dict[str, np.ndarray] = _module(problem.variant).gradients(problem, cotangents, threads)
+    return found
 
 
 def _module(variant: Variant) -> ModuleType:
