@@ -136,7 +136,7 @@ def of(variant: Variant) -> tuple[str, ...]:
 def gradients_by(variant: Variant) -> str:
     """What differentiates a variant with its defaults: the engine's kernels, its `vectorized` form, or differences of its definition."""
     kernels = "cpu" in of(variant) and (_room_of(variant) is not learner or variant.name in learner.GRADIENTS)
-    if kernels and variant.plan is not None:
+    if kernels and _room_of(variant) is engine and variant.plan is not None:
         dims, params = dict.fromkeys(variant.axes, 1), {p.name: p.default for p in variant.params}
         kernels = not engine.reason_against_gradients_of_plan(variant.plan(dims, params))
     return "kernels" if kernels else "differences" if variant.vectorized is None else "whole arrays"

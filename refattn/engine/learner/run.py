@@ -13,12 +13,12 @@ from ...problem import Problem
 from ...spec import Variant
 from ..run import format_of
 
-#: Variants that have kernels, called from the module of their name, and the modules of those kernels: two share one, one takes those of softmax.
-KERNELS = ("forgetting", "infini", "log_linear", "mesa", "momentum_delta", "titans", "ttt_linear", "ttt_mlp")
+#: Variants that have kernels, called from the module of their name, and the modules of those kernels: two share one, two take those of softmax.
+KERNELS = ("forgetting", "infini", "log_linear", "mesa", "momentum_delta", "multi_head", "titans", "ttt_linear", "ttt_mlp")
 COMPILED = ("infini", "log_linear", "mesa", "momentum", "ttt_linear", "ttt_mlp")
 
 #: Those that have kernels for gradients too.
-GRADIENTS = ("forgetting",)
+GRADIENTS = ("forgetting", "multi_head")
 
 
 def knows(variant: Variant) -> bool:
