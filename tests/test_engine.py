@@ -114,6 +114,19 @@ def test_cosines_and_a_residual_give_what_the_definition_gives(n, dtype):
 
 
 @FORMATS
+@pytest.mark.parametrize("n_q", SIZES)
+def test_bilinear_scores_give_what_the_definition_gives(n_q, dtype):
+    rng = np.random.default_rng(n_q)
+    for n_k, d_q, d_k in ((n_q, 5, 5), (7, 3, 20), (130, 20, 3)):
+        q, k, v = operands(dtype, n_q, B=2, Hq=1, T=n_q, S=n_k, D=d_k)
+        q = rng.standard_normal((2, n_q, d_q)).astype(dtype)
+        w = (rng.standard_normal((d_q, d_k)) / d_k**0.5).astype(dtype)
+        for threads_ in (1, 2):
+            agrees(bind(catalog.variant("luong_general"), (q, k[:, 0], v[:, 0], w), {}, ("out",)), threads_)
+        agrees(bind(catalog.variant("luong_general"), (q, k[:, 0], v[:, 0], w), {"mask": rng.random((n_q, n_k)) > 0.3}, ("out",)))
+
+
+@FORMATS
 @pytest.mark.parametrize("empty_rows", ["zero", "nan", "uniform"])
 def test_every_combination_of_options_gives_what_the_definition_gives(empty_rows, dtype):
     rng = np.random.default_rng(7)
@@ -358,13 +371,14 @@ def test_a_forked_child_computes_the_same_or_refuses_clearly(layer):
 def test_a_call_the_kernels_do_not_run_is_refused_with_its_reason():
     q, k, v = operands()
     rows, sequences = [x[0].swapaxes(0, 1) for x in (q, k, v)], ra.Packed(np.array([0, 2, 5]), np.array([0, 3, 7]))
+    layer = np.ones((2, 6), np.float32), np.ones(2, np.float32)
     for name, given_, keywords, reason in (
         ("softmax", (q, k, v), {"returns": "weights"}, "it does not return weights"),
         ("softmax", (q, k, v), {"scale": 1e39}, "1e[+]39 is beyond float32"),
         ("softmax", rows, {"layout": sequences, "empty_rows": "uniform"}, "no kernel for the mean of a sequence's values"),
         ("sigmoid", rows, {"layout": sequences}, "its numbers differ from sequence to sequence"),
         ("stick_breaking", (q, k, v), {}, "it has no plan"),
-        ("luong_general", (q[:, 0], k[:, 0], v[:, 0], np.eye(3, dtype=np.float32)), {}, "no kernel for softmax of bilinear scores"),
+        ("luong_concat", (q[:, 0], k[:, 0], v[:, 0], *layer), {}, "no kernel for softmax of concat scores"),
     ):
         with pytest.raises(ra.BackendUnavailableError, match=f"^{name}: .*'cpu'.*: .*{reason}; use 'definition' or 'auto'"):
             ra.attend(name, *given_, backend="cpu", **keywords)

@@ -1,6 +1,5 @@
 """The learner engine against the definitions: at chunks' edges, in the middle of mini-batches, cut, packed, and on any number of threads."""
 
-import importlib
 import itertools
 from fractions import Fraction
 
@@ -20,16 +19,12 @@ from refattn.spec import shape
 
 pytestmark = pytest.mark.compiled
 
-LEARNERS = [v for v in VARIANTS if v.values[0].name in engine.KERNELS]
+LEARNERS = [v for v in VARIANTS if v.values[0].name in engine.MODULES]
 #: Those that a sequence can be cut in, what they carry handed on.
 CARRIED = [v for v in LEARNERS if v.values[0].carried]
-LEARNER_CALLS = [c for c in CALLS if c.values[0].name in engine.KERNELS]
+LEARNER_CALLS = [c for c in CALLS if c.values[0].name in engine.MODULES]
 #: One state for two query heads; widths small enough for long sequences, none of them whole vectors.
 LONG = {**GENERAL, "B": 1, "Hq": 2, "Hkv": 1, "D": 5, "E": 3, "F": 9, "L": 9}
-
-
-def module_of(variant):
-    return importlib.import_module("refattn.engine.learner." + variant.name)
 
 
 def names_of(variant):
@@ -40,6 +35,9 @@ def names_of(variant):
 def check_values(variant, params, dims, dtype, seed=0, optional=True, **changed):
     operands = {**draw(variant, dims, seed, optional), **changed}
     narrow, returns = in_format(operands, dtype), names_of(variant)
+    if reason := engine.reason_against(bound(variant, params, narrow, returns)):
+        assert reason == "an axis is empty" and any(x.size == 0 for x in operands.values())
+        return
     exact = in_format(narrow, np.float64)
     expected = by_definition(variant, params, returns)(exact)
     tolerances = rounding(by_definition(variant, params, returns), exact, variant, flops(variant, exact, params))
@@ -66,7 +64,7 @@ def test_segments_of_any_length(segment, update):
 @pytest.mark.parametrize("more", [None, -1, 0, 1, 66])
 @pytest.mark.parametrize("variant", LEARNERS)
 def test_lengths_around_those_of_chunks(variant, more):
-    n = 0 if more is None else getattr(module_of(variant), "CHUNK", 64) + more
+    n = 0 if more is None else getattr(engine.module_of(variant), "CHUNK", 64) + more
     check_values(variant, {}, {**LONG, "T": n, "S": n}, np.float64)
 
 
@@ -155,6 +153,22 @@ def test_gates_without_running_sums_go_to_the_definition():
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["aft_full", "aft_local", "article_sdpa", "fastformer"])
+def test_numbers_that_whole_arrays_would_lose_go_to_the_loops(name):
+    variant = catalog.variant(name)
+    x = draw(variant, {**LONG, "T": 20, "S": 20, "M": 6})
+    spoilt = [("v", np.inf, "v is not finite"), ("k", np.nan, "k is not finite")]
+    spoilt += [("w", 101.0, "w has elements beyond 100"), ("k", -101.0, "k has elements beyond 100")] if name.startswith("aft") else []
+    for operand, number, reason in spoilt:
+        changed = np.array(x[operand])
+        changed.flat[7] = number
+        given = {**x, operand: changed}
+        with pytest.raises(ra.BackendUnavailableError, match=f"{name}: backend 'cpu' does not run this call: {reason}"):
+            ra.attend(name, **given, returns="out", backend="cpu")
+        found, expected = (ra.attend(name, **given, returns="out", backend=backend) for backend in ("auto", "definition"))
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("levels", [1, 2, 6, 7, 8, 60])
 def test_any_number_of_levels(levels):
     check_values(catalog.variant("log_linear"), {}, {**LONG, "T": 200, "S": 200, "L": levels}, np.float64)
@@ -240,12 +254,13 @@ def test_what_was_given_is_not_written_to(variant):
 @pytest.mark.parametrize("variant", LEARNERS)
 def test_calls_that_are_not_tiny_go_to_the_engine(variant, monkeypatch):
     assert ra.describe(variant.name).backends == ("definition", "cpu")
-    module, asked = module_of(variant), []
+    module, asked = engine.module_of(variant), []
     monkeypatch.setattr(module, "outputs", lambda problem, threads, real=module.outputs: asked.append(problem) or real(problem, threads))
     x = draw(variant, {**LONG, "T": 20, "S": 20})
-    np.testing.assert_array_equal(ra.attend(variant.name, **x), ra.attend(variant.name, **x, backend="cpu"))
+    found = [ra.attend(variant.name, **x, returns="out", backend=backend) for backend in ("auto", "cpu")]
+    np.testing.assert_array_equal(*found)
     assert len(asked) == 2
-    ra.attend(variant.name, **x, backend="definition")
+    ra.attend(variant.name, **x, returns="out", backend="definition")
     assert len(asked) == 2
 
 

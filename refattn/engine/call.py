@@ -63,6 +63,8 @@ class Call:
         if similarity_of(plan) == "cosine":
             self.q = _of_length_one(self.q, format_)
             self.k = self.q if plan.key == plan.query else _of_length_one(self.k, format_)
+        elif similarity_of(plan) == "bilinear":
+            self.q = self.q.astype(format_, copy=False) @ given[plan.weights[0]].astype(format_, copy=False)
         self.heads, self.kv_heads = self.q.shape[1], self.k.shape[1]
         self.group = self.heads // self.kv_heads
         d, e = self.q.shape[3], self.v.shape[3]

@@ -39,7 +39,7 @@ def reason_against(problem: Problem) -> str:
 def reason_against_plan(plan: Plan) -> str:
     """Why the engine does not run a plan; "" where it does."""
     similarity = similarity_of(plan)
-    if similarity not in ("dot", "cosine") or plan.normalizer not in STATISTICS:
+    if similarity not in ("dot", "cosine", "bilinear") or plan.normalizer not in STATISTICS:
         return f"there is no kernel for {plan.normalizer} of {similarity} scores"
     if plan.projections or plan.fill > -np.inf or (plan.shift and plan.normalizer != "sigmoid"):
         return "there is no kernel for projections, a shift or filled scores"
@@ -54,7 +54,8 @@ def similarity_of(plan: Plan) -> str:
 
 def reason_against_gradients_of_plan(plan: Plan) -> str:
     """Why the engine has no gradients of a plan that it runs; "" where it has."""
-    return "there is no kernel for gradients of cosines or a residual" if similarity_of(plan) == "cosine" or plan.residual else ""
+    similarity = similarity_of(plan)
+    return "" if similarity == "dot" and not plan.residual else f"there is no kernel for gradients of {similarity} scores, or of a residual"
 
 
 def reason_against_gradients(problem: Problem, cotangents: Mapping[str, np.ndarray]) -> str:
@@ -90,7 +91,7 @@ def _reason_against_numbers(problem: Problem, plan: Plan) -> str:
 
 
 def allocated(plan: Plan, dims: Dims, itemsize: int) -> int:
-    """Bytes of arrays that a forward call allocates for operands of that itemsize: output, each row's statistic, rounded output, vectors of length 1.
+    """Bytes of arrays that a forward call allocates for operands of that itemsize: output, each row's statistic, rounded output, mapped queries.
 
     The threads' own room for a block and a tile is not counted: it does not grow with the sequences, but for the scores of some dozen rows where a
     normaliser takes whole rows.
@@ -98,8 +99,8 @@ def allocated(plan: Plan, dims: Dims, itemsize: int) -> int:
     kernel, rows = max(itemsize, 4), dims.get("B", 1) * dims.get("Hq", 1) * dims["T"]
     width = dims.get("E", dims["D"])
     out, statistic, rounded = kernel * rows * width, kernel * rows, itemsize * rows * width if itemsize < kernel else 0
-    unit = kernel * rows * dims["D"] if similarity_of(plan) == "cosine" else 0
-    return out + max(unit + statistic, rounded)  # the one is gone when the other is made
+    mapped = {"dot": 0, "cosine": dims.get("D", 0), "bilinear": dims.get("Dk", 0)}[similarity_of(plan)]
+    return out + max(kernel * rows * mapped + statistic, rounded)  # the one is gone when the other is made
 
 
 def run(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:

@@ -1,1 +1,1 @@
-"""The engine of `learner` variants, and of others that are no recurrence: modules of kernels, for hardly two of them share their inner loop."""
+"""Variants of the `learner` family, and others that are no recurrence: modules of kernels, for hardly two share their inner loop, or of arrays."""

@@ -13,8 +13,11 @@ from ...problem import Problem
 from ...spec import Variant
 from ..run import format_of
 
-#: Variants that have kernels, called from the module of their name, and the modules of those kernels: two share one, two take those of softmax.
-KERNELS = ("forgetting", "infini", "log_linear", "mesa", "momentum_delta", "multi_head", "titans", "ttt_linear", "ttt_mlp")
+#: The module that computes each variant that is known here, and those modules that have kernels of their own.
+MODULES = {
+    **{name: name for name in ("forgetting", "infini", "log_linear", "mesa", "momentum_delta", "multi_head", "titans", "ttt_linear", "ttt_mlp")},
+    **dict.fromkeys(("aft_full", "aft_local", "article_sdpa", "efficient_additive", "fastformer"), "whole_arrays"),
+}
 COMPILED = ("infini", "log_linear", "mesa", "momentum", "ttt_linear", "ttt_mlp")
 
 #: Those that have kernels for gradients too.
@@ -22,8 +25,8 @@ GRADIENTS = ("forgetting", "multi_head")
 
 
 def knows(variant: Variant) -> bool:
-    """Whether there are kernels for a variant."""
-    return variant.name in KERNELS
+    """Whether a module here computes a variant."""
+    return variant.name in MODULES
 
 
 def reason_against(problem: Problem) -> str:
@@ -33,7 +36,7 @@ def reason_against(problem: Problem) -> str:
     for name, x in problem.params.items():
         if isinstance(x, float) and x and not float(limits.smallest_normal) <= abs(x) <= float(limits.max):
             return f"{name}={x:g} is beyond {format_}"
-    return str(getattr(_module(problem.variant), "reason_against", lambda problem: "")(problem))
+    return str(getattr(module_of(problem.variant), "reason_against", lambda problem: "")(problem))
 
 
 def reason_against_gradients(problem: Problem) -> str:
@@ -51,7 +54,7 @@ def run(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
     threads : int, optional
         As many as Numba uses, unless said.  The result does not depend on it.
     """
-    found: dict[str, Any] = _module(problem.variant).outputs(problem, threads)
+    found: dict[str, Any] = module_of(problem.variant).outputs(problem, threads)
     return {name: found[name] for name in problem.returns}
 
 
@@ -67,9 +70,10 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], threads: i
     threads : int, optional
         As many as Numba uses, unless said.  The result does not depend on it.
     """
-    found: dict[str, np.ndarray] = _module(problem.variant).gradients(problem, cotangents, threads)
+    found: dict[str, np.ndarray] = module_of(problem.variant).gradients(problem, cotangents, threads)
     return found
 
 
-def _module(variant: Variant) -> ModuleType:
-    return importlib.import_module("." + variant.name, __package__)
+def module_of(variant: Variant) -> ModuleType:
+    """The module that computes a variant."""
+    return importlib.import_module("." + MODULES[variant.name], __package__)
