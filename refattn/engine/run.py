@@ -33,7 +33,7 @@ def reason_against(problem: Problem) -> str:
     plan = problem.plan
     if plan is None:
         return "it has no plan"
-    return reason_against_plan(plan) or _reason_against_outputs(problem, plan) or _reason_against_numbers(problem, plan)
+    return reason_against_plan(plan) or _reason_against_outputs(problem, plan) or reason_against_numbers(problem, plan)
 
 
 def reason_against_plan(plan: Plan) -> str:
@@ -73,7 +73,8 @@ def _reason_against_outputs(problem: Problem, plan: Plan) -> str:
     return f"it does not return {others[0]}" if others else ""
 
 
-def _reason_against_numbers(problem: Problem, plan: Plan) -> str:
+def reason_against_numbers(problem: Problem, plan: Plan) -> str:
+    """What of a problem's sizes and of its plan's numbers the kernels' format does not hold; "" where it holds all."""
     format_ = format_of(problem)
     n_keys = problem.dims.get("S", problem.dims["T"])
     if n_keys >= LONGEST[format_]:

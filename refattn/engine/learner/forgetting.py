@@ -21,16 +21,21 @@ from ...pieces.similarities import dot
 from ...problem import Problem
 from ...spec import Dims, Plan, Stage, Variant
 from ..call import Call
+from ..run import format_of, reason_against_numbers
 
-#: Beyond it sums of gates might overflow.
-LARGEST = 1e300
+#: Beyond it scores might overflow.
+LARGEST = {np.dtype(np.float32): 1e37, np.dtype(np.float64): 1e300}
 
 
 def reason_against(problem: Problem) -> str:
-    """Why the gates of a problem have no running sums; "" where they do."""
-    gate = problem.given["gate"].astype(np.float64)
+    """Why the kernels do not run a problem; "" where they do."""
+    planned = replace(problem, variant=_planned(problem.variant, ""))
+    assert planned.plan is not None
+    if reason := reason_against_numbers(planned, planned.plan):
+        return reason
+    gate, largest = problem.given["gate"].astype(np.float64), LARGEST[format_of(problem)]
     gate[gate == -np.inf] = 0.0
-    return "" if np.abs(gate).sum() <= LARGEST else f"its gates are NaN, infinite, or sum to more than {LARGEST:g}"
+    return "" if np.abs(gate).sum() <= largest else f"its gates are NaN, infinite, or sum to more than {largest:g}"
 
 
 def outputs(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:
@@ -58,7 +63,7 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], threads: i
         of_tokens[..., -n_q:] += cotangents["lse"][..., -n_q:]
     d_gate = np.cumsum(of_tokens[..., ::-1], axis=-1)[..., ::-1]
     d_gate[..., :1] = 0.0
-    return {**found, "d_gate": np.where(np.isfinite(problem.given["gate"]), d_gate, 0.0)}
+    return {**found, "d_gate": np.where(np.isneginf(problem.given["gate"].astype(np.float64)), 0.0, d_gate)}
 
 
 def _as_softmax(problem: Problem, slope: Callable[..., Any] | None = None) -> Problem:

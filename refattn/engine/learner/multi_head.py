@@ -12,7 +12,7 @@ import numpy as np
 from ...problem import Problem
 from ...spec import Dims, Plan, Variant
 from ..call import Call
-from ..run import format_of
+from ..run import format_of, reason_against_numbers
 
 #: Tokens, their map and what is added, by the operand of softmax that they become.
 PROJECTIONS = {"q": ("query", "w_q", "b_q"), "k": ("key", "w_k", "b_k"), "v": ("value", "w_v", "b_v")}
@@ -20,7 +20,11 @@ PROJECTIONS = {"q": ("query", "w_q", "b_q"), "k": ("key", "w_k", "b_k"), "v": ("
 
 def reason_against(problem: Problem) -> str:
     """Why the kernels do not run a problem; "" where they do."""
-    return "it does not return weights" if "weights" in problem.returns else ""
+    if "weights" in problem.returns:
+        return "it does not return weights"
+    planned = replace(problem, variant=_between_projections(problem.variant))
+    assert planned.plan is not None
+    return reason_against_numbers(planned, planned.plan)
 
 
 def outputs(problem: Problem, threads: int | None = None) -> dict[str, np.ndarray]:

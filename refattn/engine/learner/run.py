@@ -19,8 +19,7 @@ MODULES = {
     **dict.fromkeys(("aft_full", "aft_local", "article_sdpa", "efficient_additive", "fastformer"), "whole_arrays"),
 }
 COMPILED = ("infini", "log_linear", "mesa", "momentum", "ttt_linear", "ttt_mlp")
-
-#: Those that have kernels for gradients too.
+#: Those variants that have kernels for gradients too.
 GRADIENTS = ("forgetting", "multi_head")
 
 
@@ -31,12 +30,12 @@ def knows(variant: Variant) -> bool:
 
 def reason_against(problem: Problem) -> str:
     """Why the engine does not run a problem of a variant it knows; "" where it does."""
-    format_ = format_of(problem)
+    module, format_ = module_of(problem.variant), format_of(problem)
     limits = np.finfo(format_)
     for name, x in problem.params.items():
         if isinstance(x, float) and x and not float(limits.smallest_normal) <= abs(x) <= float(limits.max):
             return f"{name}={x:g} is beyond {format_}"
-    return str(getattr(module_of(problem.variant), "reason_against", lambda problem: "")(problem))
+    return str(module.reason_against(problem)) if hasattr(module, "reason_against") else ""
 
 
 def reason_against_gradients(problem: Problem) -> str:
