@@ -204,11 +204,11 @@ class Variants:
 
     def time_forward(self, variant, length):
         """Seconds of one call."""
-        ra.attend(variant, **self.operands, backend="cpu")
+        ra.attend(variant, **self.operands, returns="out", backend="cpu")
 
     def peakmem_forward(self, variant, length):
         """Peak resident bytes of a process that makes one call: interpreter and compiler included, so only differences mean anything."""
-        ra.attend(variant, **self.operands, backend="cpu")
+        ra.attend(variant, **self.operands, returns="out", backend="cpu")
 
 
 class Accuracy:
@@ -220,7 +220,7 @@ class Accuracy:
     def setup(self, variant, dtype, length):
         self.operands = workload.operands(variant, length, dtype)
         exact = {name: x.astype(np.float64) if x.dtype == precision.as_dtype(dtype) else x for name, x in self.operands.items()}
-        self.exact = ra.attend(variant, **exact, backend="definition")
+        self.exact = ra.attend(variant, **exact, returns="out", backend="definition")
 
     def track_worst_ulp(self, variant, dtype, length):
         """Largest error, in units in the last place of the row's largest value."""
@@ -233,7 +233,7 @@ class Accuracy:
     track_worst_ulp.unit = track_mean_ulp.unit = "ulp"
 
     def ulp(self, variant, dtype):
-        found = ra.attend(variant, **self.operands, backend="cpu").astype(np.float64)
+        found = ra.attend(variant, **self.operands, returns="out", backend="cpu").astype(np.float64)
         largest = np.abs(self.exact).max(-1, keepdims=True)
         one = 2.0 * precision.format_of(dtype).unit * 2.0 ** np.floor(np.log2(largest))
         return np.abs(found - self.exact) / one
