@@ -45,7 +45,7 @@ def run(problem: Problem, backend: str, form: str | None = None, homes: Mapping[
     def reason() -> str:
         if backend == "auto" and form is None and _better_defined(problem):
             return "its definition is done before"
-        return _without_compiler() or _room_of(problem.variant).reason_against(problem)
+        return _room_of(problem.variant).reason_against(problem) or _without_compiler()
 
     if _chosen(problem, backend, form, reason) == "definition":
         return definition.run(problem)
@@ -89,7 +89,7 @@ def gradients(problem: Problem, cotangents: Mapping[str, np.ndarray], backend: s
         if room is state:
             return state.reason_against_gradients(problem, form) or _without_compiler()
         if room is learner:
-            return _without_compiler() or learner.reason_against_gradients(problem)
+            return learner.reason_against_gradients(problem) or _without_compiler()
         return engine.reason_against_gradients(problem, cotangents) or _without_compiler()
 
     if _chosen(problem, backend, form, reason) == "definition":
