@@ -119,9 +119,6 @@ def test_gradients_are_those_back_through_whole_arrays(variant, params, dtype):
         one, two = (engine.gradients(bound(variant, params, narrow, outputs), cotangents, n) for n in (1, 2))
         operations = 3 * flops(variant, exact, params)
         allowed = dict(zip(wanted, rounding(gradients, exact, variant, operations), strict=True))
-        if "d_b_k" in allowed:  # 0 on paper, with the roundings of every term of the sum that is differentiated
-            [out] = by_definition(variant, params, ("out",))(exact)
-            allowed["d_b_k"] = 2.0**-53 * operations * np.sum(np.abs(cotangents["out"] * out)) / np.sqrt(np.mean(exact["b_k"] ** 2))
         assert one.keys() == wanted.keys()
         for name, tolerance in allowed.items():
             np.testing.assert_array_equal(one[name], two[name], name)

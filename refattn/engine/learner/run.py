@@ -15,12 +15,12 @@ from ..run import format_of
 
 #: The module that computes each variant that is known here, and those modules that have kernels of their own.
 MODULES = {
-    **{name: name for name in ("forgetting", "infini", "log_linear", "mesa", "momentum_delta", "multi_head", "titans", "ttt_linear", "ttt_mlp")},
+    **{name: name for name in ("forgetting", "infini", "log_linear", "mesa", "momentum_delta", "titans", "ttt_linear", "ttt_mlp")},
     **dict.fromkeys(("aft_full", "aft_local", "article_sdpa", "efficient_additive", "fastformer"), "whole_arrays"),
 }
 COMPILED = ("infini", "log_linear", "mesa", "momentum", "ttt_linear", "ttt_mlp")
 #: Those variants that have kernels for gradients too.
-GRADIENTS = ("forgetting", "multi_head")
+GRADIENTS = ("forgetting",)
 
 
 def knows(variant: Variant) -> bool:

@@ -109,7 +109,12 @@ class Scored:
         made = np.einsum("btm,hmd->bhtd", x, matrix) + bias[:, None, :]
         magnitude = np.einsum("btm,hmd->bhtd", np.abs(x), np.abs(matrix)) + np.abs(bias)[:, None, :]
         error = self.roundings(x.shape[-1] + 1) * magnitude
-        return made, error.linear(self.profile.intermediate * np.abs(made))
+        return made, error.linear(self.profile.intermediate * np.abs(made) + (x.shape[-1] + 1) * self._lost)
+
+    @property
+    def _lost(self) -> float:
+        """What a product loses at most that is too small for the format sums are made in."""
+        return float(np.finfo(np.float64 if self.u <= np.finfo(np.float64).eps else np.float32).tiny)
 
     def _read(self, x: Any) -> Any:
         """Rows of keys or values, or their errors, with 0 where no query looks: nothing that may stand there reaches a bound."""
@@ -157,6 +162,9 @@ class Scored:
         error += Bound(profile.operands, self.lam * profile.operands) * amplitude
         if plan.projections:
             error += self._carried(k)
+        if plan.similarity.__name__.endswith("bilinear"):  # products of a query, or a key, and the map, each times one of the other
+            of_queries, of_keys = (np.abs(x).sum(-1) for x in (self.q, k))
+            error = error.linear(abs(plan.scale) * self._lost * (self.q.shape[-1] * of_keys[..., None, :] + k.shape[-1] * of_queries[..., None]))
         final = np.where(self.scored, self.scores, 0.0)
         bias = np.where(self.scored, self.operands[plan.bias], 0.0) if plan.bias else 0.0
         functions = self.problem.functions
@@ -314,11 +322,12 @@ class Scored:
         if not self.plan.projections:
             return error.smaller
         matrix, bias = (self.operands[operand] for operand in self.plan.projections[3])
-        error = error.linear(self.profile.intermediate * np.abs(sums.out))
+        error = error.linear(self.profile.intermediate * np.abs(sums.out) + self._lost)
         worst = np.einsum("bhte,hem->btm", error.worst, np.abs(matrix))
         likely = np.sqrt(np.einsum("bhte,hem->btm", error.likely**2, matrix**2))
         magnitude = np.einsum("bhte,hem->btm", np.abs(sums.out), np.abs(matrix)) + np.abs(bias)
-        return (Bound(worst, likely) + self.roundings(matrix.shape[0] * matrix.shape[1] + 1) * magnitude).smaller
+        terms = matrix.shape[0] * matrix.shape[1] + 1
+        return (Bound(worst, likely) + self.roundings(terms) * magnitude).linear(terms * self._lost).smaller
 
     @functools.cached_property
     def lse(self) -> Bound:
